@@ -1,0 +1,15 @@
+"""fastvit: make any PyTorch vision transformer faster by swapping two layers, and prove it computes the same thing."""
+
+from __future__ import annotations
+
+from fastvit.ops import attention, attention_qkvpacked, backend, patch_embed, scaled_dot_product_attention
+from fastvit.version import __version__
+
+__all__ = [
+    "__version__",
+    "attention",
+    "attention_qkvpacked",
+    "backend",
+    "patch_embed",
+    "scaled_dot_product_attention",
+]

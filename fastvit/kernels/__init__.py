@@ -1,0 +1,1 @@
+"""Kernels, tensor in and tensor out: no autograd, no policy, no environment variables."""

@@ -1,0 +1,79 @@
+"""Input checks of the public functions: each raises before any kernel runs and names the argument, what was given and
+what is accepted."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastvit.kernels.spec import MAX_HEAD_DIM
+from fastvit.ops.autocast import autocast_dtype
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_tensor(name: str, value: object, rank: int, shape: str) -> Tensor:
+    """Return ``value`` if it is a floating tensor of this rank, else raise TypeError or ValueError."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}; accepted is a tensor {shape}")
+    if value.dtype not in FLOATING:
+        raise TypeError(f"{name}: got dtype {value.dtype}; accepted are float16, bfloat16, float32 and float64")
+    if value.dim() != rank:
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}; accepted are {rank} dimensions {shape}")
+    return value
+
+
+def check_same(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise unless both tensors share a device and, after autocast, a dtype."""
+    if tensor.device != other.device:
+        raise ValueError(f"{name}: got device {tensor.device}; it must be on {other_name}'s device {other.device}")
+    if autocast_dtype(tensor) != autocast_dtype(other):
+        raise TypeError(f"{name}: got dtype {tensor.dtype}; it must have {other_name}'s dtype {other.dtype}")
+
+
+def check_head_dim(name: str, head_dim: int) -> None:
+    """Raise unless 1 <= head_dim <= 256."""
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"{name}: got head_dim {head_dim}; accepted are 1 to {MAX_HEAD_DIM}")
+
+
+def check_scale(scale: float | None, head_dim: int) -> float:
+    """Return the softmax scale, 1/√head_dim unless given; raise unless it is finite and not negative."""
+    if scale is None:
+        return head_dim**-0.5
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale: got {type(scale).__name__}; accepted are None (1/sqrt(head_dim)) and a number")
+    if not math.isfinite(scale) or scale < 0:
+        raise ValueError(f"scale: got {scale}; accepted are finite numbers >= 0 and None (1/sqrt(head_dim))")
+    return float(scale)
+
+
+def check_bias(name: str, bias: Tensor | None, query: Tensor, scores_shape: tuple[int, int, int, int]) -> Tensor | None:
+    """Return ``bias`` with four dimensions that broadcast to ``scores_shape`` [B, H, Nq, Nk], else raise."""
+    if bias is None:
+        return None
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"{name}: got {type(bias).__name__}; accepted are None and a tensor")
+    if bias.device != query.device:
+        raise ValueError(f"{name}: got device {bias.device}; it must be on query's device {query.device}")
+    if bias.dtype not in (torch.bool, query.dtype, torch.float32) and autocast_dtype(bias) != autocast_dtype(query):
+        raise TypeError(
+            f"{name}: got dtype {bias.dtype}; accepted are bool (True = take part), query's {query.dtype} and float32"
+        )
+    if bias.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError(
+            f"{name}: requires grad, and its gradient is not supported yet; accepted is a tensor without grad "
+            f"({name}.detach()), or torch.nn.functional.scaled_dot_product_attention where the gradient is needed"
+        )
+    if bias.dim() > 4 or any(
+        given not in (1, wanted) for given, wanted in zip(reversed(bias.shape), reversed(scores_shape), strict=False)
+    ):
+        raise ValueError(
+            f"{name}: got shape {tuple(bias.shape)}; accepted is what broadcasts to "
+            f"(batch, num_heads, seqlen_q, seqlen_k) = {scores_shape}"
+        )
+    while bias.dim() < 4:
+        bias = bias.unsqueeze(0)
+    return bias
