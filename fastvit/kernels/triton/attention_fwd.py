@@ -15,24 +15,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvit.kernels.spec import AttentionSpec
+from fastvit.kernels.spec import MAX_HEAD_DIM, AttentionSpec
 from fastvit.kernels.triton import configs
 
-LOG2_E = math.log2(math.e)
+LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2.0))
 
 
 @triton.jit
 def load_tile(
-    base,
-    start,
-    stride,
-    limit,
-    DIM: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    CHECK_ROWS: tl.constexpr,
-):
+    base, start, stride, limit,
+    DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr, CHECK_ROWS: tl.constexpr,
+):  # fmt: skip
     """Load rows ``start``… of a matrix with contiguous rows; what lies past ``limit`` or DIM reads as 0."""
     rows = tl.arange(0, BLOCK_ROWS)
     dims = tl.arange(0, BLOCK_DIM)
@@ -51,14 +45,7 @@ def load_tile(
 
 @triton.jit
 def store_tile(
-    base,
-    start,
-    stride,
-    limit,
-    tile,
-    DIM: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
+    base, start, stride, limit, tile, DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr
 ):
     """Store rows ``start``… of a matrix with contiguous rows, up to ``limit`` and DIM."""
     rows = tl.arange(0, BLOCK_ROWS)
@@ -72,31 +59,20 @@ def store_tile(
 
 @triton.jit
 def bias_and_mask(
-    scores,
-    bias_base,
-    rows,
-    columns,
-    stride_row,
-    stride_column,
-    seqlen_q,
-    seqlen_k,
-    BIAS: tl.constexpr,
-    IS_CAUSAL: tl.constexpr,
-    CHECK_COLUMNS: tl.constexpr,
-):
+    scores, bias_base, bias_strides, rows, columns, seqlen_q, seqlen_k,
+    BIAS: tl.constexpr, IS_CAUSAL: tl.constexpr, CHECK_COLUMNS: tl.constexpr,
+):  # fmt: skip
     """Add the bias to scores in the log2 domain and put -inf where a key takes no part.
 
     ``rows`` and ``columns`` are index tensors that broadcast to the scores, in either orientation.
     """
     if BIAS != "none":
-        in_range = (rows < seqlen_q) & (columns < seqlen_k)
-        bias = tl.load(
-            bias_base + (rows.to(tl.int64) * stride_row + columns.to(tl.int64) * stride_column), mask=in_range, other=0
-        )
+        offsets = rows.to(tl.int64) * bias_strides[2] + columns.to(tl.int64) * bias_strides[3]
+        bias = tl.load(bias_base + offsets, mask=(rows < seqlen_q) & (columns < seqlen_k), other=0)
         if BIAS == "bool":
             scores = tl.where(bias != 0, scores, float("-inf"))
         else:
-            scores += bias.to(tl.float32) * 1.4426950408889634
+            scores += bias.to(tl.float32) * LOG2_E
     if IS_CAUSAL:
         scores = tl.where(columns <= rows, scores, float("-inf"))
     if CHECK_COLUMNS:
@@ -106,50 +82,20 @@ def bias_and_mask(
 
 @triton.jit
 def _attend(
-    accumulator,
-    row_max,
-    row_sum,
-    query,
-    key_base,
-    value_base,
-    bias_base,
-    rows,
-    start,
-    stride_kn,
-    stride_vn,
-    stride_bm,
-    stride_bn,
-    seqlen_q,
-    seqlen_k,
-    scale_log2,
-    HEAD_DIM: tl.constexpr,
-    HEAD_DIM_V: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BIAS: tl.constexpr,
-    IS_CAUSAL: tl.constexpr,
-    CHECKED: tl.constexpr,
-    SCALE_MAX: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    accumulator, row_max, row_sum, query, key_base, key_stride, value_base, value_stride, bias_base, bias_strides,
+    rows, start, seqlen_q, seqlen_k, scale_log2,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr, BIAS: tl.constexpr, IS_CAUSAL: tl.constexpr, CHECKED: tl.constexpr,
+    SCALE_MAX: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Fold the key block that begins at ``start`` into the running maximum, sum and output of the query block."""
-    key = load_tile(key_base, start, stride_kn, seqlen_k, HEAD_DIM, BLOCK_KEYS, BLOCK_D, CHECKED)
+    key = load_tile(key_base, start, key_stride, seqlen_k, HEAD_DIM, BLOCK_KEYS, BLOCK_D, CHECKED)
+    columns = start + tl.arange(0, BLOCK_KEYS)
     scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [BLOCK_M, BLOCK_KEYS]
     if not SCALE_MAX:
         scores *= scale_log2
     scores = bias_and_mask(
-        scores,
-        bias_base,
-        rows[:, None],
-        (start + tl.arange(0, BLOCK_KEYS))[None, :],
-        stride_bm,
-        stride_bn,
-        seqlen_q,
-        seqlen_k,
-        BIAS,
-        IS_CAUSAL,
-        CHECKED,
+        scores, bias_base, bias_strides, rows[:, None], columns[None, :], seqlen_q, seqlen_k, BIAS, IS_CAUSAL, CHECKED
     )
     block_max = tl.max(scores, 1)  # [BLOCK_M]
     if SCALE_MAX:
@@ -164,52 +110,21 @@ def _attend(
     rescale = tl.exp2(row_max - shift)
     row_sum = row_sum * rescale + tl.sum(probabilities, 1)
     accumulator = accumulator * rescale[:, None]
-    value = load_tile(value_base, start, stride_vn, seqlen_k, HEAD_DIM_V, BLOCK_KEYS, BLOCK_DV, CHECKED)
+    value = load_tile(value_base, start, value_stride, seqlen_k, HEAD_DIM_V, BLOCK_KEYS, BLOCK_DV, CHECKED)
     accumulator = tl.dot(probabilities.to(value.dtype), value, accumulator, input_precision=PRECISION)
     return accumulator, new_max, row_sum
 
 
 @triton.jit(do_not_specialize=["num_heads", "seqlen_q", "seqlen_k"])
 def attention_forward_kernel(
-    query_ptr,
-    key_ptr,
-    value_ptr,
-    bias_ptr,
-    output_ptr,
-    lse_ptr,
-    stride_qb,
-    stride_qh,
-    stride_qm,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    stride_bb,
-    stride_bh,
-    stride_bm,
-    stride_bn,
-    stride_ob,
-    stride_oh,
-    stride_om,
-    num_heads,
-    seqlen_q,
-    seqlen_k,
-    scale_log2,
-    HEAD_DIM: tl.constexpr,
-    HEAD_DIM_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_TAIL: tl.constexpr,
-    BIAS: tl.constexpr,
-    IS_CAUSAL: tl.constexpr,
-    SCALE_MAX: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One program: BLOCK_M queries of one head against all of its keys."""
+    query_ptr, key_ptr, value_ptr, bias_ptr, output_ptr, lse_ptr,
+    query_strides, key_strides, value_strides, bias_strides, output_strides,
+    num_heads, seqlen_q, seqlen_k, scale_log2,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_TAIL: tl.constexpr, BIAS: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, SCALE_MAX: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M queries of one head against all of its keys. Strides are those of [B, H, N(, Nk)]."""
     num_blocks = tl.cdiv(seqlen_q, BLOCK_M)
     block = tl.program_id(0) % num_blocks
     if IS_CAUSAL:
@@ -219,92 +134,88 @@ def attention_forward_kernel(
     batch, head = batch_head // num_heads, batch_head % num_heads
     first_row = block * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
-    key_base = key_ptr + batch * stride_kb + head * stride_kh
-    value_base = value_ptr + batch * stride_vb + head * stride_vh
+
+    query_base = query_ptr + batch * query_strides[0] + head * query_strides[1]
+    key_base = key_ptr + batch * key_strides[0] + head * key_strides[1]
+    value_base = value_ptr + batch * value_strides[0] + head * value_strides[1]
+    key_stride, value_stride = tl.cast(key_strides[2], tl.int64), tl.cast(value_strides[2], tl.int64)
     bias_base = bias_ptr
     if BIAS != "none":
-        bias_base += batch * stride_bb + head * stride_bh
-    stride_qm, stride_om = tl.cast(stride_qm, tl.int64), tl.cast(stride_om, tl.int64)
-    stride_kn, stride_vn = tl.cast(stride_kn, tl.int64), tl.cast(stride_vn, tl.int64)
-
-    query_base = query_ptr + batch * stride_qb + head * stride_qh
-    query = load_tile(query_base, first_row, stride_qm, seqlen_q, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+        bias_base += batch * bias_strides[0] + head * bias_strides[1]
+    query_stride = tl.cast(query_strides[2], tl.int64)
+    query = load_tile(query_base, first_row, query_stride, seqlen_q, HEAD_DIM, BLOCK_M, BLOCK_D, True)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     accumulator = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
     # Keys below full_end need neither a bounds check nor, in a causal row, a comparison with the diagonal.
-    if IS_CAUSAL:
-        end = tl.minimum(seqlen_k, first_row + BLOCK_M)
-        full_end = tl.minimum(seqlen_k, first_row + 1) // BLOCK_N * BLOCK_N
-    else:
-        end = seqlen_k
-        full_end = seqlen_k // BLOCK_N * BLOCK_N
+    end = tl.minimum(seqlen_k, first_row + BLOCK_M) if IS_CAUSAL else seqlen_k
+    full_end = (tl.minimum(seqlen_k, first_row + 1) if IS_CAUSAL else seqlen_k) // BLOCK_N * BLOCK_N
     for start in tl.range(0, full_end, BLOCK_N):
         accumulator, row_max, row_sum = _attend(
-            accumulator,
-            row_max,
-            row_sum,
-            query,
-            key_base,
-            value_base,
-            bias_base,
-            rows,
-            start,
-            stride_kn,
-            stride_vn,
-            stride_bm,
-            stride_bn,
-            seqlen_q,
-            seqlen_k,
-            scale_log2,
-            HEAD_DIM,
-            HEAD_DIM_V,
-            BLOCK_N,
-            BLOCK_D,
-            BLOCK_DV,
-            BIAS,
-            False,
-            False,
-            SCALE_MAX,
-            PRECISION,
-        )
+            accumulator, row_max, row_sum, query, key_base, key_stride, value_base, value_stride, bias_base,
+            bias_strides, rows, start, seqlen_q, seqlen_k, scale_log2, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
+            BLOCK_N, BIAS, False, False, SCALE_MAX, PRECISION,
+        )  # fmt: skip
     for start in tl.range(full_end, end, BLOCK_TAIL, num_stages=1):
         accumulator, row_max, row_sum = _attend(
-            accumulator,
-            row_max,
-            row_sum,
-            query,
-            key_base,
-            value_base,
-            bias_base,
-            rows,
-            start,
-            stride_kn,
-            stride_vn,
-            stride_bm,
-            stride_bn,
-            seqlen_q,
-            seqlen_k,
-            scale_log2,
-            HEAD_DIM,
-            HEAD_DIM_V,
-            BLOCK_TAIL,
-            BLOCK_D,
-            BLOCK_DV,
-            BIAS,
-            IS_CAUSAL,
-            True,
-            SCALE_MAX,
-            PRECISION,
-        )
+            accumulator, row_max, row_sum, query, key_base, key_stride, value_base, value_stride, bias_base,
+            bias_strides, rows, start, seqlen_q, seqlen_k, scale_log2, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
+            BLOCK_TAIL, BIAS, IS_CAUSAL, True, SCALE_MAX, PRECISION,
+        )  # fmt: skip
 
     # Only a sum of exactly 0 means that no key took part; a sum of NaN must stay NaN.
     empty = row_sum == 0.0
-    inverse = tl.where(empty, 0.0, 1.0 / row_sum)
+    accumulator *= tl.where(empty, 0.0, 1.0 / row_sum)[:, None]
     lse = tl.where(empty, float("-inf"), (row_max + tl.log2(row_sum)) * LN_2)
-    output_base = output_ptr + batch * stride_ob + head * stride_oh
-    store_tile(
-        output_base, first_row, stride_om, seqlen_q, accumulator * inverse[:, None], HEAD_DIM_V, BLOCK_M, BLOCK_DV
-    )
+    output_base = output_ptr + batch * output_strides[0] + head * output_strides[1]
+    output_stride = tl.cast(output_strides[2], tl.int64)
+    store_tile(output_base, first_row, output_stride, seqlen_q, accumulator, HEAD_DIM_V, BLOCK_M, BLOCK_DV)
     tl.store(lse_ptr + batch_head * seqlen_q + rows, lse, mask=rows < seqlen_q)
+
+
+def why_not(spec: AttentionSpec) -> list[str]:
+    """Return the reasons why these kernels cannot run ``spec``; empty means that they can."""
+    reasons = configs.device_why_not(spec.device, spec.dtype, interpreted=not isinstance(_attend, triton.JITFunction))
+    for name, head_dim in (("head_dim", spec.head_dim), ("head_dim_v", spec.head_dim_v)):
+        if not 1 <= head_dim <= MAX_HEAD_DIM:
+            reasons.append(f"{name} {head_dim}: at least 1, at most {MAX_HEAD_DIM}")
+    if spec.bias_dtype not in (None, torch.bool, torch.float32, spec.dtype):
+        reasons.append(f"bias {spec.bias_dtype}: bool, float32 or query's dtype")
+    return reasons
+
+
+def bias_arguments(bias: Tensor | None) -> tuple[Tensor | None, tuple[int, int, int, int], str]:
+    """Return the bias as the kernels take it (bool as bytes), its strides, and the kind of bias."""
+    if bias is None:
+        return None, (0, 0, 0, 0), "none"
+    if bias.dtype == torch.bool:
+        return bias.view(torch.uint8), bias.stride(), "bool"
+    return bias, bias.stride(), "additive"
+
+
+def attention_forward(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, output: Tensor, lse: Tensor, *,
+    is_causal: bool, scale: float,
+) -> None:  # fmt: skip
+    """Write softmax(scale QKᵀ + bias) V to ``output`` [B, H, Nq, Dv] and the row log-sum-exp to ``lse`` [B, H, Nq].
+
+    float32, float16 or bfloat16, accumulated in float32; ``lse`` is contiguous float32. Any strides, the last one 1.
+    """
+    batch, num_heads, seqlen_q, head_dim = query.shape
+    seqlen_k, head_dim_v = key.shape[2], value.shape[3]
+    block_d, block_dv = configs.padded(head_dim), configs.padded(head_dim_v)
+    family, width = configs.device_family(query.device), max(block_d, block_dv)
+    config = configs.attention_config("attention_forward", query.element_size(), width, bias is not None, family)
+    bias, bias_strides, bias_kind = bias_arguments(bias)
+    with torch.cuda.device_of(query):
+        attention_forward_kernel[configs.grid(batch * num_heads, seqlen_q, config.block_m)](
+            query, key, value, bias, output, lse,
+            query.stride()[:3], key.stride()[:3], value.stride()[:3], bias_strides, output.stride()[:3],
+            num_heads, seqlen_q, seqlen_k, scale * LOG2_E.value,
+            head_dim, head_dim_v, block_d, block_dv, config.block_m, config.block_n,
+            config.block_n if is_causal else configs.tail_block(seqlen_k, config.block_n), bias_kind, is_causal,
+            # The maximum may be scaled after it is taken only where scaling keeps the order of the scores.
+            bias is None and scale > configs.SMALLEST_SCALE, configs.dot_precision(query),
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip

@@ -1,0 +1,92 @@
+// Tensor checks and conversions to the kernels' params, through torch's stable ABI, written once.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+
+#include "params.h"
+
+namespace fastvit {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// The public functions have checked everything with messages for people; these checks only keep a direct call of the
+// native op from reading memory that is not there.
+inline void check_shape(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
+  bool same = tensor.dim() == int64_t(shape.size());
+  int64_t dim = 0;
+  for (int64_t size : shape) same = same && tensor.sizes()[dim++] == size;
+  STD_TORCH_CHECK(same, name, ": its shape does not match the other arguments");
+}
+
+inline void check_cpu(const Tensor& tensor, const char* name, ScalarType dtype) {
+  STD_TORCH_CHECK(tensor.is_cpu(), name, ": accepted is a CPU tensor");
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": its dtype does not match the other arguments");
+}
+
+inline void check_rows_contiguous(const Tensor& tensor, const char* name) {
+  int64_t last = tensor.dim() - 1;
+  STD_TORCH_CHECK(tensor.sizes()[last] <= 1 || tensor.stride(last) == 1, name,
+                  ": accepted is a last dimension that is contiguous");
+}
+
+inline DType dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    default:
+      STD_TORCH_CHECK(false, name, ": accepted are float16, bfloat16, float32 and float64");
+  }
+  return DType::kFloat32;
+}
+
+inline ScalarType accumulate_type(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline View4 view4(const Tensor& tensor) {
+  return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+inline BiasView bias_view(const std::optional<Tensor>& bias) {
+  if (!bias.has_value()) return {};
+  BiasView view;
+  view.data = bias->data_ptr();
+  if (bias->scalar_type() == ScalarType::Bool) {
+    view.type = BiasType::kBool;
+  } else {
+    switch (dtype_of(*bias, "bias")) {
+      case DType::kFloat16:
+        view.type = BiasType::kFloat16;
+        break;
+      case DType::kBFloat16:
+        view.type = BiasType::kBFloat16;
+        break;
+      case DType::kFloat32:
+        view.type = BiasType::kFloat32;
+        break;
+      case DType::kFloat64:
+        view.type = BiasType::kFloat64;
+        break;
+    }
+  }
+  view.batch_stride = bias->stride(0);
+  view.head_stride = bias->stride(1);
+  view.query_stride = bias->stride(2);
+  view.key_stride = bias->stride(3);
+  return view;
+}
+
+}  // namespace fastvit

@@ -1,0 +1,184 @@
+// What the forward and the backward kernel share: the block of queries, its scores, bias and causal mask.
+//
+// Everything is computed transposed, one query per vector lane: S^T [keys][queries] = K · Q^T. Then the softmax runs down
+// the lanes without a horizontal reduction, keys need no padding, and K and V are broadcast operands, which float32 reads
+// in place from whatever strides the caller has (16-bit inputs are widened once per head).
+#pragma once
+
+#include "arena.h"
+#include "gemm.h"
+
+namespace fastvit::cpu::FASTVIT_CAPABILITY {
+
+// The matrix [rows][columns] of one head of an operand, in the compute type.
+template <class T>
+struct Matrix {
+  const T* data;
+  int64_t stride;
+};
+
+template <class In>
+inline const In* head_of(const View4& view, int64_t batch, int64_t head) {
+  return static_cast<const In*>(view.data) + batch * view.batch_stride + head * view.head_stride;
+}
+template <class In>
+inline In* mutable_head_of(const View4& view, int64_t batch, int64_t head) {
+  return static_cast<In*>(view.data) + batch * view.batch_stride + head * view.head_stride;
+}
+
+// Returns the head itself where it already has the compute type, else its widened copy in `buffer` [rows][columns].
+template <class In>
+Matrix<Compute<In>> widen_head(const View4& view, int64_t batch, int64_t head, int64_t rows, int64_t columns,
+                               Compute<In>* buffer) {
+  const In* source = head_of<In>(view, batch, head);
+  if constexpr (__is_same(In, Compute<In>)) {
+    return {source, view.row_stride};
+  } else {
+    for (int64_t r = 0; r < rows; ++r) {
+      load_row(source + r * view.row_stride, columns, Compute<In>(1), buffer + r * columns);
+    }
+    return {buffer, columns};
+  }
+}
+
+// Loads `count` rows of a head, scaled, into `rows` [kPanel][padded], zero beyond the data, and transposes them into
+// `lanes` [padded][kPanel]: one row per lane.
+template <class In>
+void load_lanes(const In* source, int64_t stride, int64_t count, int64_t columns, Compute<In> factor,
+                Compute<In>* rows, Compute<In>* lanes) {
+  using T = Compute<In>;
+  const int64_t padded = round_up(columns, kLanes<T>);
+  for (int64_t r = 0; r < kPanel<T>; ++r) {
+    T* row = rows + r * padded;
+    int64_t filled = r < count ? columns : 0;
+    if (r < count) load_row(source + r * stride, columns, factor, row);
+    for (int64_t c = filled; c < padded; ++c) row[c] = 0;
+  }
+  transpose(rows, padded, kPanel<T>, padded, lanes, kPanel<T>);
+}
+
+template <class T>
+inline T bias_element(const BiasView& bias, int64_t offset) {
+  switch (bias.type) {
+    case BiasType::kBool:
+      return static_cast<const uint8_t*>(bias.data)[offset] ? T(0) : T(-kInfinity);
+    case BiasType::kFloat16:
+      return widen(static_cast<const Half*>(bias.data)[offset]);
+    case BiasType::kBFloat16:
+      return widen(static_cast<const BFloat16*>(bias.data)[offset]);
+    case BiasType::kFloat32:
+      return T(static_cast<const float*>(bias.data)[offset]);
+    default:
+      return T(static_cast<const double*>(bias.data)[offset]);
+  }
+}
+
+// One row of the bias, keys [begin, begin + count), as additive values.
+template <class T>
+void load_bias_row(const BiasView& bias, int64_t offset, int64_t count, T* target) {
+  if (bias.key_stride == 1) {
+    if constexpr (__is_same(T, float)) {
+      switch (bias.type) {
+        case BiasType::kFloat16:
+          return load_row(static_cast<const Half*>(bias.data) + offset, count, 1.0f, target);
+        case BiasType::kBFloat16:
+          return load_row(static_cast<const BFloat16*>(bias.data) + offset, count, 1.0f, target);
+        case BiasType::kFloat32:
+          return load_row(static_cast<const float*>(bias.data) + offset, count, 1.0f, target);
+        case BiasType::kBool: {
+          const uint8_t* source = static_cast<const uint8_t*>(bias.data) + offset;
+          for (int64_t j = 0; j < count; ++j) target[j] = source[j] ? 0.0f : -kInfinity;
+          return;
+        }
+        default:
+          break;
+      }
+    }
+  }
+  for (int64_t j = 0; j < count; ++j) target[j] = bias_element<T>(bias, offset + j * bias.key_stride);
+}
+
+// Where one block of queries stands, and the scratch for its bias.
+template <class T>
+struct QueryBlock {
+  int64_t batch;
+  int64_t head;
+  int64_t first;  // index of the query in lane 0
+  int64_t count;  // queries in this block, at most kPanel
+  int vectors() const { return int(ceil_div(count, kLanes<T>)); }
+};
+
+// Adds the bias of keys [first_key, first_key + keys) to the scores [keys][kPanel]. `rows` and `lanes` are scratch of
+// kPanel · round_up(keys, kLanes) elements each.
+template <class T>
+void add_bias(const BiasView& bias, const QueryBlock<T>& block, int64_t first_key, int64_t keys, T* scores, T* rows,
+              T* lanes) {
+  constexpr int L = kLanes<T>;
+  const int64_t base = block.batch * bias.batch_stride + block.head * bias.head_stride +
+                       block.first * bias.query_stride + first_key * bias.key_stride;
+  if (bias.query_stride == 0) {
+    load_bias_row(bias, base, keys, rows);
+    for (int64_t j = 0; j < keys; ++j) {
+      T* row = scores + j * kPanel<T>;
+      for (int v = 0; v < block.vectors(); ++v) store(row + v * L, load(row + v * L) + rows[j]);
+    }
+    return;
+  }
+  const int64_t padded = round_up(keys, L);
+  for (int64_t i = 0; i < block.vectors() * L; ++i) {
+    T* row = rows + i * padded;
+    if (i < block.count) {
+      load_bias_row(bias, base + i * bias.query_stride, keys, row);
+    } else {
+      for (int64_t j = 0; j < keys; ++j) row[j] = 0;
+    }
+    for (int64_t j = keys; j < padded; ++j) row[j] = 0;
+  }
+  transpose(rows, padded, int64_t(block.vectors()) * L, padded, lanes, kPanel<T>);
+  for (int64_t j = 0; j < keys; ++j) {
+    T* row = scores + j * kPanel<T>;
+    for (int v = 0; v < block.vectors(); ++v) {
+      store(row + v * L, load(row + v * L) + load(lanes + j * kPanel<T> + v * L));
+    }
+  }
+}
+
+// Sets the scores of keys after their query to -inf.
+template <class T>
+void mask_causal(const QueryBlock<T>& block, int64_t first_key, int64_t keys, T* scores) {
+  constexpr int L = kLanes<T>;
+  Vec<T> iota;
+  for (int lane = 0; lane < L; ++lane) iota[lane] = T(lane);
+  for (int64_t j = max64(0, block.first + 1 - first_key); j < keys; ++j) {
+    T* row = scores + j * kPanel<T>;
+    for (int v = 0; v < block.vectors(); ++v) {
+      Vec<T> query = iota + T(block.first + v * L - first_key - j);  // query index minus key index
+      store(row + v * L, query < T(0) ? splat(T(-kInfinity)) : load(row + v * L));
+    }
+  }
+}
+
+// Keys that a sum over a row takes in before it is added to the row's total. In a sharp row one key outweighs the others,
+// and every later addition to it would be rounded at its size; hundreds of those are what the tolerance does not allow.
+constexpr int64_t kSumKeys = 32;
+
+// The largest score of each lane over the keys, NaN ignored; -inf without keys.
+template <class T>
+Vec<T> maximum_of_lanes(const T* scores, int64_t keys) {
+  Vec<T> high[2] = {splat(T(-kInfinity)), splat(T(-kInfinity))};
+  for (int64_t j = 0; j < keys; ++j) high[j & 1] = maximum(load(scores + j * kPanel<T>), high[j & 1]);
+  return maximum(high[0], high[1]);
+}
+
+// S^T = K · Q^T (+ bias, causal mask) for keys [first_key, first_key + keys).
+template <class T>
+void compute_scores(const AttentionParams& p, const QueryBlock<T>& block, Matrix<T> key, const T* query_lanes,
+                    int64_t first_key, int64_t keys, T* scores, T* bias_rows, T* bias_lanes) {
+  TileArgs<T> args{key.data + first_key * key.stride, key.stride, 1,         query_lanes, kPanel<T>, scores,
+                   kPanel<T>,                         p.head_dim};
+  panel_product<T, false>(keys, block.vectors(), args);
+  if (p.bias.type != BiasType::kNone) add_bias(p.bias, block, first_key, keys, scores, bias_rows, bias_lanes);
+  if (p.is_causal) mask_causal(block, first_key, keys, scores);
+}
+
+}  // namespace fastvit::cpu::FASTVIT_CAPABILITY

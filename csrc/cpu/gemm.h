@@ -1,0 +1,128 @@
+// The one matrix-product tile on which both ops stand: C[rows][lanes] (+)= A[rows][k] · B[k][lanes].
+//
+// A is read one element at a time and broadcast, by any two strides, so a row-major operand serves as itself or as its
+// transpose without a copy; B and C are rows of vectors. The accumulators stay in registers over the whole of k; what C
+// held is added at the end, so that a long sum taken in steps loses less than one taken at a stretch.
+#pragma once
+
+#include "simd.h"
+
+namespace fastvit::cpu::FASTVIT_CAPABILITY {
+
+// Registers: kTileRows · kTileVectors accumulators, kTileVectors of B and one broadcast must fit the register file.
+#if defined(__AVX512F__)
+constexpr int kTileRows = 14;  // 28 + 2 + 1 of 32
+#else
+constexpr int kTileRows = 6;  // 12 + 2 + 1 of 16
+#endif
+constexpr int kTileVectors = 2;
+
+constexpr int64_t kReduction = 256;  // terms of a sum between two additions to memory
+
+template <class T>
+constexpr int kPanel = kTileVectors * kLanes<T>;
+
+template <class T>
+struct TileArgs {
+  const T* a;
+  int64_t a_row;
+  int64_t a_k;
+  const T* b;
+  int64_t b_stride;
+  T* c;
+  int64_t c_stride;
+  int64_t k;
+};
+
+template <class T, int Rows, int Vectors, bool Accumulate>
+void tile(const TileArgs<T>& args) {
+  constexpr int L = kLanes<T>;
+  Vec<T> accumulator[Rows][Vectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) {
+      accumulator[r][v] = Vec<T>{};
+    }
+  }
+  const T* a = args.a;
+  const T* b = args.b;
+  const int64_t a_row = args.a_row;
+  for (int64_t k = 0; k < args.k; ++k) {
+    Vec<T> right[Vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) right[v] = load(b + v * L);
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) {
+      Vec<T> left = splat(a[r * a_row]);
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) accumulator[r][v] += left * right[v];
+    }
+    a += args.a_k;
+    b += args.b_stride;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) {
+      T* c = args.c + r * args.c_stride + v * L;
+      store(c, Accumulate ? load(c) + accumulator[r][v] : accumulator[r][v]);
+    }
+  }
+}
+
+template <class T, int Vectors, bool Accumulate, int Rows = kTileRows>
+inline void call_tile(int rows, const TileArgs<T>& args) {
+  if (rows == Rows) {
+    tile<T, Rows, Vectors, Accumulate>(args);
+  } else if constexpr (Rows > 1) {
+    call_tile<T, Vectors, Accumulate, Rows - 1>(rows, args);
+  }
+}
+
+// C [m][lanes] (+)= A [m][k] · B [k][lanes] for any m and `vectors` vectors of lanes, at most kTileVectors. Rows are
+// dealt out evenly over the tiles, so that no tile is left with too few accumulators to hide the latency of an FMA.
+template <class T, bool Accumulate>
+inline void panel_product(int64_t m, int vectors, TileArgs<T> args) {
+  int64_t tiles = ceil_div(m, kTileRows);
+  int64_t rows = m / tiles, longer = m % tiles;
+  for (int64_t t = 0; t < tiles; ++t) {
+    int current = int(rows + (t < longer));
+    if (vectors == 2) {
+      call_tile<T, 2, Accumulate>(current, args);
+    } else {
+      call_tile<T, 1, Accumulate>(current, args);
+    }
+    args.a += current * args.a_row;
+    args.c += current * args.c_stride;
+  }
+}
+
+// A long k in steps of kReduction terms, which bounds the rounding error of the sum; adds to C if `accumulate`.
+template <class T>
+inline void panel_product_in_steps(int64_t m, int vectors, TileArgs<T> args, bool accumulate) {
+  const int64_t terms = args.k;
+  for (int64_t k = 0; k < terms; k += kReduction) {
+    args.k = min64(kReduction, terms - k);
+    if (k > 0 || accumulate) {
+      panel_product<T, true>(m, vectors, args);
+    } else {
+      panel_product<T, false>(m, vectors, args);
+    }
+    args.a += args.k * args.a_k;
+    args.b += args.k * args.b_stride;
+  }
+}
+
+// C (+)= A · B for any number of lanes, panel by panel; B and C are row-major and padded to whole vectors.
+template <class T, bool Accumulate>
+inline void product(int64_t m, int64_t lanes, TileArgs<T> args) {
+  for (int64_t lane = 0; lane < lanes; lane += kPanel<T>) {
+    int vectors = int(min64(ceil_div(lanes - lane, kLanes<T>), kTileVectors));
+    panel_product<T, Accumulate>(m, vectors, args);
+    args.b += kPanel<T>;
+    args.c += kPanel<T>;
+  }
+}
+
+}  // namespace fastvit::cpu::FASTVIT_CAPABILITY

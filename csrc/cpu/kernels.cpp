@@ -1,0 +1,29 @@
+// The kernels for one instruction set: setup.py compiles this file once for each, with its flags and its name in
+// FASTVIT_CAPABILITY.
+#include "kernels.h"
+
+#include "attention_backward.h"
+#include "attention_forward.h"
+#include "patch_embed.h"
+
+#define FASTVIT_STRING_OF(name) #name
+#define FASTVIT_STRING(name) FASTVIT_STRING_OF(name)
+
+namespace fastvit::cpu::FASTVIT_CAPABILITY {
+
+extern const KernelTable kTable;
+const KernelTable kTable = {
+    FASTVIT_STRING(FASTVIT_CAPABILITY),
+    attention_forward_tasks,
+    attention_forward,
+    attention_backward_tasks,
+    attention_backward,
+    patch_embed_forward_tasks,
+    patch_embed_forward,
+    patch_embed_backward_weight_tasks,
+    patch_embed_backward_weight,
+    patch_embed_backward_images_tasks,
+    patch_embed_backward_images,
+};
+
+}  // namespace fastvit::cpu::FASTVIT_CAPABILITY

@@ -1,0 +1,40 @@
+// The door to the CPU kernels: one table of functions per instruction set, chosen once at run time.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "../params.h"
+
+namespace fastvit::cpu {
+
+// Each kernel splits its work into independent tasks, numbered from 0; the caller spreads ranges of them over threads.
+// Consecutive tasks share packed operands, so a range is cheaper than its tasks one by one. The result does not depend
+// on how the tasks are spread.
+struct KernelTable {
+  const char* capability;
+  int64_t (*attention_forward_tasks)(const AttentionParams&);
+  void (*attention_forward)(const AttentionParams&, int64_t begin, int64_t end);
+  int64_t (*attention_backward_tasks)(const AttentionBackwardParams&);
+  void (*attention_backward)(const AttentionBackwardParams&, int64_t begin, int64_t end);
+  int64_t (*patch_embed_forward_tasks)(const PatchEmbedParams&);
+  void (*patch_embed_forward)(const PatchEmbedParams&, int64_t begin, int64_t end);
+  int64_t (*patch_embed_backward_weight_tasks)(const PatchEmbedParams&);
+  void (*patch_embed_backward_weight)(const PatchEmbedParams&, int64_t begin, int64_t end);
+  int64_t (*patch_embed_backward_images_tasks)(const PatchEmbedParams&);
+  void (*patch_embed_backward_images)(const PatchEmbedParams&, int64_t begin, int64_t end);
+};
+
+// The table of the best instruction set that was built and that this processor has; FASTVIT_CPU_CAPABILITY forces one.
+// Throws std::runtime_error when the forced one is unknown, was not built, or is not supported here.
+const KernelTable& kernels();
+
+// Names of the instruction sets in this build, best first, and whether this processor has each.
+struct Capability {
+  std::string name;
+  bool supported;
+};
+std::vector<Capability> capabilities();
+
+}  // namespace fastvit::cpu

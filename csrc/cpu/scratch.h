@@ -1,0 +1,12 @@
+// Memory of one thread for one call, kept between calls: fresh pages cost more than the arithmetic of a small head.
+#pragma once
+
+#include <cstdint>
+
+namespace fastvit::cpu {
+
+// Returns at least `bytes` bytes, aligned to 64, that stay this thread's until its next call; throws std::bad_alloc.
+// Kept at its largest size so far until the thread ends.
+void* thread_scratch(int64_t bytes);
+
+}  // namespace fastvit::cpu

@@ -1,0 +1,301 @@
+// Vectors, conversions and exp: the only place that knows the instruction set.
+//
+// One source, compiled once per instruction set by setup.py, which names it in FASTVIT_CAPABILITY. Everything lives in a
+// namespace of that name and no function template of the standard library is used: an inline function that two objects
+// share would be merged by the linker, and an AVX-512 copy of it could then run on a machine without AVX-512.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "../params.h"
+
+namespace fastvit::cpu::FASTVIT_CAPABILITY {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class T>
+struct Simd;
+template <>
+struct Simd<float> {
+  typedef float Vec __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
+  typedef float Unaligned __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+};
+template <>
+struct Simd<double> {
+  typedef double Vec __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t Int __attribute__((vector_size(kVectorBytes)));
+  typedef double Unaligned __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
+};
+
+template <class T>
+using Vec = typename Simd<T>::Vec;
+template <class T>
+constexpr int kLanes = kVectorBytes / int(sizeof(T));
+
+template <class T>
+inline Vec<T> load(const T* source) {
+  return *reinterpret_cast<const typename Simd<T>::Unaligned*>(source);
+}
+template <class T>
+inline void store(T* target, Vec<T> value) {
+  *reinterpret_cast<typename Simd<T>::Unaligned*>(target) = value;
+}
+template <class T>
+inline Vec<T> splat(T value) {
+  return value - Vec<T>{};
+}
+// The left operand where it is larger, else the right one: a NaN on the left is ignored.
+template <class V>
+inline V maximum(V left, V right) {
+  return left > right ? left : right;
+}
+
+inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+constexpr float kInfinity = __builtin_inff();
+
+// exp(x) for x <= 88; exactly 0 below -87.33 (so for -inf), NaN for NaN. Cody-Waite reduction to |r| <= ln2/2 and the
+// Taylor polynomial of degree 7 there, whose truncation (r^8/8! < 6e-9) is below half an ulp.
+inline Vec<float> exp(Vec<float> x) {
+  using I = Simd<float>::Int;
+  const Vec<float> magic = splat(12582912.0f);  // 1.5·2^23: adding it leaves the nearest integer in the low bits
+  Vec<float> shifted = x * 1.44269504088896341f + magic;
+  Vec<float> n = shifted - magic;
+  Vec<float> r = x - n * 0.693145751953125f;
+  r = r - n * 1.42860682030941723e-6f;
+  Vec<float> p = splat(1.0f / 5040);
+  p = p * r + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  I bits = (I)p + ((I)shifted << 23);
+  return x < -87.33f ? Vec<float>{} : (Vec<float>)bits;
+}
+// Speed does not matter in double precision; the library's exp does.
+inline Vec<double> exp(Vec<double> x) {
+  Vec<double> result;
+  for (int lane = 0; lane < kLanes<double>; ++lane) result[lane] = ::exp(x[lane]);
+  return result;
+}
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline float float_of_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+inline uint32_t bits_of_float(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+inline float widen(float value) { return value; }
+inline double widen(double value) { return value; }
+inline float widen(BFloat16 value) { return float_of_bits(uint32_t(value.bits) << 16); }
+inline float widen(Half value) {
+#if defined(__F16C__)
+  return _cvtsh_ss(value.bits);
+#else
+  uint32_t sign = uint32_t(value.bits & 0x8000) << 16;
+  uint32_t magnitude = uint32_t(value.bits & 0x7fff) << 13;
+  if (magnitude >= 0x0f800000) return float_of_bits(sign | magnitude | 0x7f800000);  // infinity and NaN
+  // 2^112 moves the exponent from half's bias to float's, subnormals included.
+  return float_of_bits(sign | bits_of_float(float_of_bits(magnitude) * 5.192296858534828e33f));
+#endif
+}
+
+template <class Out>
+inline Out narrow(float value);
+template <>
+inline float narrow<float>(float value) {
+  return value;
+}
+template <>
+inline BFloat16 narrow<BFloat16>(float value) {
+  uint32_t bits = bits_of_float(value);
+  if (value != value) return {uint16_t((bits >> 16) | 0x40)};
+  return {uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+template <>
+inline Half narrow<Half>(float value) {
+#if defined(__F16C__)
+  return {uint16_t(_cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT))};
+#else
+  uint32_t bits = bits_of_float(value);
+  uint16_t sign = uint16_t((bits >> 16) & 0x8000);
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return {uint16_t(sign | 0x7e00)};
+  if (bits >= 0x477ff000) return {uint16_t(sign | 0x7c00)};  // rounds past 65504
+  if (bits < 0x38800000) {
+    // Subnormal: adding 0.5 puts half's last place at float's last place, rounded to nearest even by the addition.
+    return {uint16_t(sign | (bits_of_float(float_of_bits(bits) + 0.5f) - 0x3f000000))};
+  }
+  return {uint16_t(sign | ((bits - 0x38000000 + 0xfff + ((bits >> 13) & 1)) >> 13))};
+#endif
+}
+
+// The type in which an input type is computed.
+template <class In>
+struct ComputeType {
+  using type = float;
+};
+template <>
+struct ComputeType<double> {
+  using type = double;
+};
+template <class In>
+using Compute = typename ComputeType<In>::type;
+
+template <class T>
+struct Tag {
+  using type = T;
+};
+
+// Calls f with the tag of the input type.
+template <class F>
+inline void dispatch_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kFloat16:
+      return f(Tag<Half>{});
+    case DType::kBFloat16:
+      return f(Tag<BFloat16>{});
+    case DType::kFloat32:
+      return f(Tag<float>{});
+    case DType::kFloat64:
+      return f(Tag<double>{});
+  }
+}
+
+// target[i] = factor · source[i], widened.
+template <class In>
+inline void load_row(const In* source, int64_t count, Compute<In> factor, Compute<In>* target) {
+  int64_t i = 0;
+  if constexpr (sizeof(In) == 2) {
+#if defined(__AVX512F__)
+    for (; i + 16 <= count; i += 16) {
+      __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + i));
+      __m512 wide;
+      if constexpr (__is_same(In, Half)) {
+        wide = _mm512_cvtph_ps(packed);
+      } else {
+        wide = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(packed), 16));
+      }
+      _mm512_storeu_ps(target + i, _mm512_mul_ps(wide, _mm512_set1_ps(factor)));
+    }
+#elif defined(__AVX2__)
+    for (; i + 8 <= count; i += 8) {
+      __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i));
+      __m256 wide;
+      if constexpr (__is_same(In, Half)) {
+        wide = _mm256_cvtph_ps(packed);
+      } else {
+        wide = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(packed), 16));
+      }
+      _mm256_storeu_ps(target + i, _mm256_mul_ps(wide, _mm256_set1_ps(factor)));
+    }
+#endif
+  }
+  for (; i < count; ++i) target[i] = factor * widen(source[i]);
+}
+
+// target[i] = source[i], rounded to nearest even.
+template <class Out>
+inline void store_row(const Compute<Out>* source, int64_t count, Out* target) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  if constexpr (__is_same(Out, Half)) {
+    for (; i + 16 <= count; i += 16) {
+      __m256i packed = _mm512_cvtps_ph(_mm512_loadu_ps(source + i), _MM_FROUND_TO_NEAREST_INT);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(target + i), packed);
+    }
+  } else if constexpr (__is_same(Out, BFloat16)) {
+    for (; i + 16 <= count; i += 16) {
+      __m512 wide = _mm512_loadu_ps(source + i);
+      __m512i bits = _mm512_castps_si512(wide);
+      __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+      __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+      __mmask16 nan = _mm512_cmp_ps_mask(wide, wide, _CMP_UNORD_Q);
+      rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+      __m256i packed = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(target + i), packed);
+    }
+  }
+#endif
+  for (; i < count; ++i) {
+    if constexpr (__is_same(Out, double)) {
+      target[i] = source[i];
+    } else {
+      target[i] = narrow<Out>(source[i]);
+    }
+  }
+}
+
+// One exchange of the butterfly transpose: blocks of `Step` lanes are swapped across the diagonal of (low, high).
+template <class T, int Step>
+inline void exchange(Vec<T>& low, Vec<T>& high) {
+  using I = typename Simd<T>::Int;
+  I first, second;
+  for (int lane = 0; lane < kLanes<T>; ++lane) {
+    first[lane] = lane & Step ? kLanes<T> + lane - Step : lane;
+    second[lane] = lane & Step ? kLanes<T> + lane : lane + Step;
+  }
+  Vec<T> upper = __builtin_shuffle(low, high, first);
+  high = __builtin_shuffle(low, high, second);
+  low = upper;
+}
+
+template <class T, int Step>
+inline void transpose_step(Vec<T> (&rows)[kLanes<T>]) {
+  if constexpr (Step < kLanes<T>) {
+#pragma GCC unroll 16
+    for (int row = 0; row < kLanes<T>; ++row) {
+      if (!(row & Step)) exchange<T, Step>(rows[row], rows[row + Step]);
+    }
+    transpose_step<T, Step * 2>(rows);
+  }
+}
+
+// target[c][r] = source[r][c]; rows and columns are multiples of the vector length.
+template <class T>
+inline void transpose(const T* source, int64_t source_stride, int64_t rows, int64_t columns, T* target,
+                      int64_t target_stride) {
+  constexpr int L = kLanes<T>;
+  for (int64_t r = 0; r < rows; r += L) {
+    for (int64_t c = 0; c < columns; c += L) {
+      Vec<T> block[L];
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) block[i] = load(source + (r + i) * source_stride + c);
+      transpose_step<T, 1>(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) store(target + (c + i) * target_stride + r, block[i]);
+    }
+  }
+}
+
+}  // namespace fastvit::cpu::FASTVIT_CAPABILITY

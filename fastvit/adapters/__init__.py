@@ -1,0 +1,48 @@
+"""Which module classes can be swapped, and for what: one small table that other libraries can add to."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from torch import nn
+
+from fastvit.modules.fused import FusedForward
+
+# Libraries are never imported for their own sake: a model that holds their modules has imported them already.
+ADAPTERS = {
+    "timm.layers": "fastvit.adapters.timm_vit",
+    "fastvit.models.vit": "fastvit.adapters.reference_vit",
+}
+
+_FUSED: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def register_swap(original: type[nn.Module], fused: type[nn.Module]) -> None:
+    """Let ``fastvit.swap`` turn instances whose type is exactly ``original`` into ``fused``.
+
+    Args:
+        original: a module class.
+        fused: a subclass of ``original`` with a :class:`fastvit.modules.fused.FusedForward` in front, at the top level
+            of an importable module, so that pickle finds it. It may not need attributes that ``original`` does not set.
+
+    Raises:
+        TypeError, ValueError: ``fused`` is no such class; the message says why.
+    """
+    if not (isinstance(original, type) and issubclass(original, nn.Module)):
+        raise TypeError(f"original: got {original!r}; accepted is a subclass of torch.nn.Module")
+    if not (isinstance(fused, type) and issubclass(fused, original) and issubclass(fused, FusedForward)):
+        raise TypeError(f"fused: got {fused!r}; accepted is a subclass of FusedForward and of {original.__name__}")
+    if getattr(sys.modules.get(fused.__module__), fused.__qualname__, None) not in (fused, None):
+        raise ValueError(f"fused: got {fused!r}; another {fused.__qualname__} stands in {fused.__module__}")
+    if "." in fused.__qualname__:
+        raise ValueError(f"fused: got {fused!r}; accepted is a class at the top level of a module, for pickle")
+    _FUSED[original] = fused
+
+
+def registered() -> dict[type[nn.Module], type[nn.Module]]:
+    """Return the table, with the adapters of the libraries that are imported by now."""
+    for library, adapter in ADAPTERS.items():
+        if library in sys.modules:
+            importlib.import_module(adapter)
+    return dict(_FUSED)

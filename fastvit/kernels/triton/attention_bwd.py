@@ -1,0 +1,291 @@
+"""Fused attention, backward: gradients of query, key and value from the saved LSE; deterministic, no atomics.
+
+With P = exp(S − LSE), S the scaled and biased scores, and Δ_i = Σ_d dO_id O_id − dLSE_i:
+    dV = Pᵀ dO;  dS = P ∘ (dO Vᵀ − Δ);  dQ = scale dS K;  dK = scale dSᵀ Q.
+Shapes: query [B, H, Nq, D], key [B, H, Nk, D], value [B, H, Nk, Dv], output [B, H, Nq, Dv], LSE and Δ [B, H, Nq].
+Three kernels: Δ; dK and dV (a program owns BLOCK_N keys and visits all queries); dQ (a program owns BLOCK_M queries and
+visits all keys). Scores are computed twice, which is the price of having every gradient summed in one order.
+Source: Dao 2023, FlashAttention-2, algorithm 2.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastvit.kernels.triton import configs
+from fastvit.kernels.triton.attention_fwd import LOG2_E, bias_and_mask, bias_arguments, load_tile, store_tile
+
+
+@triton.jit
+def load_row_statistics(lse_ptr, delta_ptr, rows, seqlen_q):
+    """Load the LSE in the log2 domain, +inf where no key takes part or no row is, and Δ: then P is 0 there, not NaN."""
+    lse = tl.load(lse_ptr + rows, mask=rows < seqlen_q, other=float("inf")) * LOG2_E
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)
+    delta = tl.load(delta_ptr + rows, mask=rows < seqlen_q, other=0.0)
+    return lse, delta
+
+
+@triton.jit(do_not_specialize=["num_heads", "seqlen_q"])
+def delta_kernel(
+    grad_output_ptr, grad_lse_ptr, output_ptr, lse_ptr, delta_ptr, grad_output_strides, grad_lse_strides,
+    output_strides, num_heads, seqlen_q,
+    HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
+):  # fmt: skip
+    """One program: Δ of BLOCK_M queries of one head."""
+    num_blocks = tl.cdiv(seqlen_q, BLOCK_M)
+    first_row = tl.program_id(0) % num_blocks * BLOCK_M
+    batch_head = (tl.program_id(0) // num_blocks).to(tl.int64)
+    batch, head = batch_head // num_heads, batch_head % num_heads
+    rows = first_row + tl.arange(0, BLOCK_M)
+
+    output_base = output_ptr + batch * output_strides[0] + head * output_strides[1]
+    output_stride = tl.cast(output_strides[2], tl.int64)
+    output = load_tile(output_base, first_row, output_stride, seqlen_q, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True)
+    grad_base = grad_output_ptr + batch * grad_output_strides[0] + head * grad_output_strides[1]
+    grad_stride = tl.cast(grad_output_strides[2], tl.int64)
+    grad_output = load_tile(grad_base, first_row, grad_stride, seqlen_q, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True)
+    delta = tl.sum(output.to(tl.float32) * grad_output.to(tl.float32), 1)  # [BLOCK_M]
+    if HAS_GRAD_LSE:
+        grad_lse_base = grad_lse_ptr + batch * grad_lse_strides[0] + head * grad_lse_strides[1]
+        offsets = rows.to(tl.int64) * grad_lse_strides[2]
+        delta -= tl.load(grad_lse_base + offsets, mask=rows < seqlen_q, other=0.0)
+
+    # A row without keys has no gradient, whatever flows into its LSE of -inf: 0 · NaN must not happen.
+    lse = tl.load(lse_ptr + batch_head * seqlen_q + rows, mask=rows < seqlen_q, other=0.0)
+    delta = tl.where(lse == float("-inf"), 0.0, delta)
+    tl.store(delta_ptr + batch_head * seqlen_q + rows, delta, mask=rows < seqlen_q)
+
+
+@triton.jit
+def _add_query_block(
+    grad_key, grad_value, key, value, query_base, query_stride, grad_base, grad_stride, lse_ptr, delta_ptr,
+    bias_base, bias_strides, columns, start, seqlen_q, seqlen_k, scale_log2,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BIAS: tl.constexpr, IS_CAUSAL: tl.constexpr, CHECKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add what the query block that begins at ``start`` gives to dK (before scaling) and dV; tiles are key by query."""
+    query = load_tile(query_base, start, query_stride, seqlen_q, HEAD_DIM, BLOCK_ROWS, BLOCK_D, CHECKED)
+    rows = start + tl.arange(0, BLOCK_ROWS)
+    lse, delta = load_row_statistics(lse_ptr, delta_ptr, rows, seqlen_q)
+    scores = tl.dot(key, tl.trans(query), input_precision=PRECISION) * scale_log2  # [BLOCK_N, BLOCK_ROWS]
+    scores = bias_and_mask(
+        scores, bias_base, bias_strides, rows[None, :], columns[:, None], seqlen_q, seqlen_k, BIAS, IS_CAUSAL, False
+    )
+    probabilities = tl.exp2(scores - lse[None, :])
+    grad_output = load_tile(grad_base, start, grad_stride, seqlen_q, HEAD_DIM_V, BLOCK_ROWS, BLOCK_DV, CHECKED)
+    grad_value = tl.dot(probabilities.to(query.dtype), grad_output, grad_value, input_precision=PRECISION)
+    grad_probabilities = tl.dot(value, tl.trans(grad_output), input_precision=PRECISION)
+    grad_scores = probabilities * (grad_probabilities - delta[None, :])
+    grad_key = tl.dot(grad_scores.to(query.dtype), query, grad_key, input_precision=PRECISION)
+    return grad_key, grad_value
+
+
+@triton.jit(do_not_specialize=["num_heads", "seqlen_q", "seqlen_k"])
+def grad_key_value_kernel(
+    grad_output_ptr, query_ptr, key_ptr, value_ptr, bias_ptr, lse_ptr, delta_ptr, grad_key_ptr, grad_value_ptr,
+    grad_output_strides, query_strides, key_strides, value_strides, bias_strides, grad_key_strides,
+    grad_value_strides, num_heads, seqlen_q, seqlen_k, scale, scale_log2,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_TAIL: tl.constexpr, BIAS: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: dK and dV of BLOCK_N keys of one head, from all queries."""
+    num_blocks = tl.cdiv(seqlen_k, BLOCK_N)
+    first_column = tl.program_id(0) % num_blocks * BLOCK_N
+    batch_head = (tl.program_id(0) // num_blocks).to(tl.int64)
+    batch, head = batch_head // num_heads, batch_head % num_heads
+    columns = first_column + tl.arange(0, BLOCK_N)
+
+    key_base = key_ptr + batch * key_strides[0] + head * key_strides[1]
+    key_stride = tl.cast(key_strides[2], tl.int64)
+    key = load_tile(key_base, first_column, key_stride, seqlen_k, HEAD_DIM, BLOCK_N, BLOCK_D, True)
+    value_base = value_ptr + batch * value_strides[0] + head * value_strides[1]
+    value_stride = tl.cast(value_strides[2], tl.int64)
+    value = load_tile(value_base, first_column, value_stride, seqlen_k, HEAD_DIM_V, BLOCK_N, BLOCK_DV, True)
+    query_base = query_ptr + batch * query_strides[0] + head * query_strides[1]
+    grad_base = grad_output_ptr + batch * grad_output_strides[0] + head * grad_output_strides[1]
+    query_stride, grad_stride = tl.cast(query_strides[2], tl.int64), tl.cast(grad_output_strides[2], tl.int64)
+    lse_ptr += batch_head * seqlen_q
+    delta_ptr += batch_head * seqlen_q
+    bias_base = bias_ptr
+    if BIAS != "none":
+        bias_base += batch * bias_strides[0] + head * bias_strides[1]
+    grad_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    grad_value = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+
+    # In a causal head the queries before the block's first key give nothing; the block of queries may straddle it.
+    begin = first_column // BLOCK_M * BLOCK_M if IS_CAUSAL else 0
+    full_end = seqlen_q // BLOCK_M * BLOCK_M
+    for start in tl.range(begin, full_end, BLOCK_M):
+        grad_key, grad_value = _add_query_block(
+            grad_key, grad_value, key, value, query_base, query_stride, grad_base, grad_stride, lse_ptr, delta_ptr,
+            bias_base, bias_strides, columns, start, seqlen_q, seqlen_k, scale_log2, HEAD_DIM, HEAD_DIM_V, BLOCK_D,
+            BLOCK_DV, BLOCK_M, BIAS, IS_CAUSAL, False, PRECISION,
+        )  # fmt: skip
+    for start in tl.range(full_end, seqlen_q, BLOCK_TAIL, num_stages=1):
+        grad_key, grad_value = _add_query_block(
+            grad_key, grad_value, key, value, query_base, query_stride, grad_base, grad_stride, lse_ptr, delta_ptr,
+            bias_base, bias_strides, columns, start, seqlen_q, seqlen_k, scale_log2, HEAD_DIM, HEAD_DIM_V, BLOCK_D,
+            BLOCK_DV, BLOCK_TAIL, BIAS, IS_CAUSAL, True, PRECISION,
+        )  # fmt: skip
+
+    grad_key_base = grad_key_ptr + batch * grad_key_strides[0] + head * grad_key_strides[1]
+    grad_key_stride = tl.cast(grad_key_strides[2], tl.int64)
+    store_tile(grad_key_base, first_column, grad_key_stride, seqlen_k, grad_key * scale, HEAD_DIM, BLOCK_N, BLOCK_D)
+    grad_value_base = grad_value_ptr + batch * grad_value_strides[0] + head * grad_value_strides[1]
+    grad_value_stride = tl.cast(grad_value_strides[2], tl.int64)
+    store_tile(grad_value_base, first_column, grad_value_stride, seqlen_k, grad_value, HEAD_DIM_V, BLOCK_N, BLOCK_DV)
+
+
+@triton.jit
+def _add_key_block(
+    grad_query, query, grad_output, lse, delta, key_base, key_stride, value_base, value_stride, bias_base,
+    bias_strides, rows, start, seqlen_q, seqlen_k, scale_log2,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr, BIAS: tl.constexpr, IS_CAUSAL: tl.constexpr, CHECKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add what the key block that begins at ``start`` gives to dQ (before scaling)."""
+    key = load_tile(key_base, start, key_stride, seqlen_k, HEAD_DIM, BLOCK_KEYS, BLOCK_D, CHECKED)
+    columns = start + tl.arange(0, BLOCK_KEYS)
+    scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2  # [BLOCK_M, BLOCK_KEYS]
+    scores = bias_and_mask(
+        scores, bias_base, bias_strides, rows[:, None], columns[None, :], seqlen_q, seqlen_k, BIAS, IS_CAUSAL, CHECKED
+    )
+    probabilities = tl.exp2(scores - lse[:, None])
+    value = load_tile(value_base, start, value_stride, seqlen_k, HEAD_DIM_V, BLOCK_KEYS, BLOCK_DV, CHECKED)
+    grad_probabilities = tl.dot(grad_output, tl.trans(value), input_precision=PRECISION)
+    grad_scores = probabilities * (grad_probabilities - delta[:, None])
+    return tl.dot(grad_scores.to(key.dtype), key, grad_query, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["num_heads", "seqlen_q", "seqlen_k"])
+def grad_query_kernel(
+    grad_output_ptr, query_ptr, key_ptr, value_ptr, bias_ptr, lse_ptr, delta_ptr, grad_query_ptr,
+    grad_output_strides, query_strides, key_strides, value_strides, bias_strides, grad_query_strides,
+    num_heads, seqlen_q, seqlen_k, scale, scale_log2,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_TAIL: tl.constexpr, BIAS: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: dQ of BLOCK_M queries of one head, from all keys that take part."""
+    num_blocks = tl.cdiv(seqlen_q, BLOCK_M)
+    block = tl.program_id(0) % num_blocks
+    if IS_CAUSAL:
+        block = num_blocks - 1 - block
+    batch_head = (tl.program_id(0) // num_blocks).to(tl.int64)
+    batch, head = batch_head // num_heads, batch_head % num_heads
+    first_row = block * BLOCK_M
+    rows = first_row + tl.arange(0, BLOCK_M)
+
+    query_base = query_ptr + batch * query_strides[0] + head * query_strides[1]
+    query_stride = tl.cast(query_strides[2], tl.int64)
+    query = load_tile(query_base, first_row, query_stride, seqlen_q, HEAD_DIM, BLOCK_M, BLOCK_D, True)
+    grad_base = grad_output_ptr + batch * grad_output_strides[0] + head * grad_output_strides[1]
+    grad_stride = tl.cast(grad_output_strides[2], tl.int64)
+    grad_output = load_tile(grad_base, first_row, grad_stride, seqlen_q, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True)
+    key_base = key_ptr + batch * key_strides[0] + head * key_strides[1]
+    value_base = value_ptr + batch * value_strides[0] + head * value_strides[1]
+    key_stride, value_stride = tl.cast(key_strides[2], tl.int64), tl.cast(value_strides[2], tl.int64)
+    offset = batch_head * seqlen_q
+    lse, delta = load_row_statistics(lse_ptr + offset, delta_ptr + offset, rows, seqlen_q)
+    bias_base = bias_ptr
+    if BIAS != "none":
+        bias_base += batch * bias_strides[0] + head * bias_strides[1]
+    grad_query = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    end = tl.minimum(seqlen_k, first_row + BLOCK_M) if IS_CAUSAL else seqlen_k
+    full_end = (tl.minimum(seqlen_k, first_row + 1) if IS_CAUSAL else seqlen_k) // BLOCK_N * BLOCK_N
+    for start in tl.range(0, full_end, BLOCK_N):
+        grad_query = _add_key_block(
+            grad_query, query, grad_output, lse, delta, key_base, key_stride, value_base, value_stride, bias_base,
+            bias_strides, rows, start, seqlen_q, seqlen_k, scale_log2, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
+            BLOCK_N, BIAS, False, False, PRECISION,
+        )  # fmt: skip
+    for start in tl.range(full_end, end, BLOCK_TAIL, num_stages=1):
+        grad_query = _add_key_block(
+            grad_query, query, grad_output, lse, delta, key_base, key_stride, value_base, value_stride, bias_base,
+            bias_strides, rows, start, seqlen_q, seqlen_k, scale_log2, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
+            BLOCK_TAIL, BIAS, IS_CAUSAL, True, PRECISION,
+        )  # fmt: skip
+
+    grad_query_base = grad_query_ptr + batch * grad_query_strides[0] + head * grad_query_strides[1]
+    grad_query_stride = tl.cast(grad_query_strides[2], tl.int64)
+    store_tile(grad_query_base, first_row, grad_query_stride, seqlen_q, grad_query * scale, HEAD_DIM, BLOCK_M, BLOCK_D)
+
+
+def attention_backward(
+    grad_output: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None,
+    output: Tensor, lse: Tensor, grad_query: Tensor, grad_key: Tensor, grad_value: Tensor, *,
+    is_causal: bool, scale: float,
+) -> None:  # fmt: skip
+    """Write the gradients of query, key and value; the same inputs give the same bits in every run.
+
+    float32, float16 or bfloat16, any strides, the last one 1; ``lse`` contiguous float32, as the forward wrote it.
+    In 16 bits P and dS are rounded to the input dtype before their products; sums are float32.
+    """
+    with torch.cuda.device_of(query):
+        delta = _launch_delta(grad_output, grad_lse, output, lse)
+        _launch_grad_key_value(
+            grad_output, query, key, value, bias, lse, delta, grad_key, grad_value, is_causal=is_causal, scale=scale
+        )
+        _launch_grad_query(
+            grad_output, query, key, value, bias, lse, delta, grad_query, is_causal=is_causal, scale=scale
+        )
+
+
+def _launch_delta(grad_output: Tensor, grad_lse: Tensor | None, output: Tensor, lse: Tensor) -> Tensor:
+    batch, num_heads, seqlen_q, head_dim_v = output.shape
+    block_dv = configs.padded(head_dim_v)
+    block_m = configs.ROW_SUM_ELEMENTS // block_dv
+    delta = torch.empty_like(lse)
+    delta_kernel[configs.grid(batch * num_heads, seqlen_q, block_m)](
+        grad_output, grad_lse, output, lse, delta,
+        grad_output.stride()[:3], (0, 0, 0) if grad_lse is None else grad_lse.stride(), output.stride()[:3],
+        num_heads, seqlen_q, head_dim_v, block_dv, block_m, grad_lse is not None, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return delta
+
+
+def _launch_grad_key_value(
+    grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, lse: Tensor, delta: Tensor,
+    grad_key: Tensor, grad_value: Tensor, *, is_causal: bool, scale: float,
+) -> None:  # fmt: skip
+    batch, num_heads, seqlen_q, head_dim = query.shape
+    seqlen_k, head_dim_v = key.shape[2], value.shape[3]
+    block_d, block_dv = configs.padded(head_dim), configs.padded(head_dim_v)
+    family, width = configs.device_family(query.device), max(block_d, block_dv)
+    config = configs.attention_config("grad_key_value", query.element_size(), width, bias is not None, family)
+    bias, bias_strides, bias_kind = bias_arguments(bias)
+    grad_key_value_kernel[configs.grid(batch * num_heads, seqlen_k, config.block_n)](
+        grad_output, query, key, value, bias, lse, delta, grad_key, grad_value,
+        grad_output.stride()[:3], query.stride()[:3], key.stride()[:3], value.stride()[:3], bias_strides,
+        grad_key.stride()[:3], grad_value.stride()[:3], num_heads, seqlen_q, seqlen_k, scale, scale * LOG2_E.value,
+        head_dim, head_dim_v, block_d, block_dv, config.block_n, config.block_m,
+        configs.tail_block(seqlen_q, config.block_m), bias_kind, is_causal, configs.dot_precision(query),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+
+def _launch_grad_query(
+    grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, lse: Tensor, delta: Tensor,
+    grad_query: Tensor, *, is_causal: bool, scale: float,
+) -> None:  # fmt: skip
+    batch, num_heads, seqlen_q, head_dim = query.shape
+    seqlen_k, head_dim_v = key.shape[2], value.shape[3]
+    block_d, block_dv = configs.padded(head_dim), configs.padded(head_dim_v)
+    family, width = configs.device_family(query.device), max(block_d, block_dv)
+    config = configs.attention_config("grad_query", query.element_size(), width, bias is not None, family)
+    bias, bias_strides, bias_kind = bias_arguments(bias)
+    grad_query_kernel[configs.grid(batch * num_heads, seqlen_q, config.block_m)](
+        grad_output, query, key, value, bias, lse, delta, grad_query,
+        grad_output.stride()[:3], query.stride()[:3], key.stride()[:3], value.stride()[:3], bias_strides,
+        grad_query.stride()[:3], num_heads, seqlen_q, seqlen_k, scale, scale * LOG2_E.value,
+        head_dim, head_dim_v, block_d, block_dv, config.block_m, config.block_n,
+        config.block_n if is_causal else configs.tail_block(seqlen_k, config.block_n), bias_kind, is_causal,
+        configs.dot_precision(query), num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip

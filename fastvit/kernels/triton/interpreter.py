@@ -1,0 +1,52 @@
+"""Repairs to Triton's interpreter, which tests use in place of a GPU: its bfloat16 is not that of the hardware.
+
+The interpreter keeps bfloat16 as 16-bit integers, multiplies those integers in ``tl.dot``, and truncates where hardware
+rounds to nearest even. Seen in Triton 3.8. Nothing here runs, or is imported, when kernels are compiled.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+def _widen(data: np.ndarray) -> np.ndarray:
+    return (data.astype(np.uint32) << 16).view(np.float32)
+
+
+def _narrow(data: np.ndarray) -> np.ndarray:
+    bits = np.ascontiguousarray(data, dtype=np.float32).view(np.uint32)
+    # Rounding up may carry into the exponent, which is right: the next binade begins there.
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(data), 0x7FC0, rounded).astype(np.uint16).reshape(data.shape)
+
+
+def repair() -> None:
+    """Make the interpreter's bfloat16 casts and dot products those of the hardware; safe to call again."""
+    builder = interpreter.InterpreterBuilder
+    if getattr(builder, "bfloat16_is_repaired", False):
+        return
+    original_cast, original_dot = builder.cast_impl, builder.create_dot
+
+    def cast_impl(self: Any, source: Any, target_type: Any) -> Any:
+        scalars = source.dtype.scalar, target_type.scalar
+        if scalars == (tl.bfloat16, tl.float32):
+            return interpreter.TensorHandle(_widen(source.data), tl.float32)
+        if scalars == (tl.float32, tl.bfloat16):
+            return interpreter.TensorHandle(_narrow(source.data), tl.bfloat16)
+        return original_cast(self, source, target_type)
+
+    def create_dot(self: Any, left: Any, right: Any, *rest: Any) -> Any:
+        left, right = (
+            interpreter.TensorHandle(_widen(operand.data), tl.float32)
+            if operand.dtype.scalar == tl.bfloat16
+            else operand
+            for operand in (left, right)
+        )
+        return original_dot(self, left, right, *rest)
+
+    builder.cast_impl, builder.create_dot = cast_impl, create_dot
+    builder.bfloat16_is_repaired = True

@@ -1,0 +1,236 @@
+"""Multi-head self-attention with timm's constructor, parameters and keys, around the fused op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastvit.kernels.spec import MAX_HEAD_DIM
+from fastvit.modules.fused import FusedForward, has_hooks, has_own_forward, strangers
+from fastvit.ops import attention, attention_qkvpacked
+from fastvit.ops.backends import check_backend_name
+
+CHILDREN = frozenset({"qkv", "q_norm", "k_norm", "attn_drop", "softmax", "norm", "gate", "proj", "proj_drop"})
+
+
+@torch.fx.wrap
+def _attend_packed(qkv: Tensor, bias: Tensor | None, is_causal: bool, scale: float | None, backend: str | None) -> Tensor:
+    return attention_qkvpacked(qkv, bias=bias, is_causal=is_causal, scale=scale, backend=backend)
+
+
+@torch.fx.wrap
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    backend: str | None,
+) -> Tensor:
+    heads = attention(query, key, value, bias=bias, is_causal=is_causal, scale=scale, backend=backend)
+    return heads.transpose(1, 2)
+
+
+class FusedAttentionForward(FusedForward):
+    """The fused forward of a self-attention module, for any class with ``qkv``, ``proj``, ``num_heads``, ``head_dim``.
+
+    Optional children are used where they exist: q_norm, k_norm, attn_drop, softmax, norm, gate, proj_drop. Without
+    q_norm and k_norm the op reads query, key and value where ``qkv`` wrote them and writes what ``proj`` reads.
+
+    Where the op does not compute what the plain forward does (dropout of attention weights, a hook that reads the
+    attention matrix, a mask that requires grad, …) the plain class's own forward runs, with one warning.
+    """
+
+    fastvit_kind = "attention"
+
+    @classmethod
+    def fastvit_obstacles(cls, module: nn.Module) -> list[str]:
+        """Return why ``module`` cannot take this forward at all; empty means that it can."""
+        obstacles = []
+        if has_own_forward(module):
+            obstacles.append("its forward was replaced on the instance")
+        if unknown := strangers(module, CHILDREN):
+            obstacles.append(f"it has parts that fastvit does not know: {', '.join(unknown)}")
+        if missing := [name for name in ("qkv", "proj", "num_heads", "head_dim") if not hasattr(module, name)]:
+            obstacles.append(f"it lacks {', '.join(missing)}")
+        elif module.head_dim > MAX_HEAD_DIM:
+            obstacles.append(f"head_dim {module.head_dim}: at most {MAX_HEAD_DIM}")
+        return obstacles
+
+    @classmethod
+    def fastvit_fallbacks(cls, module: nn.Module) -> list[str]:
+        """Return in which situations, as the module stands now, the plain forward would run."""
+        drop = getattr(module, "attn_drop", None)
+        fallbacks = []
+        if isinstance(drop, nn.Dropout) and drop.p > 0:
+            fallbacks.append(f"attn_drop p={drop.p:g} runs the plain forward in training")
+        return fallbacks + [f"{reason}: runs the plain forward" for reason in _matrix_readers(module)]
+
+    def _why_plain(self, attn_mask: Tensor | None, is_causal: bool) -> str | None:
+        drop = getattr(self, "attn_drop", None)
+        if isinstance(drop, nn.Dropout) and drop.p > 0:
+            # timm's fused path asks the module itself, its written-out path the dropout child (Monte Carlo dropout).
+            if self.training if getattr(self, "fused_attn", False) else drop.training:
+                return f"attention dropout (p={drop.p:g}) has no kernel yet"
+        if readers := _matrix_readers(self):
+            return readers[0]
+        if self.head_dim > MAX_HEAD_DIM:
+            return f"head_dim {self.head_dim} is above {MAX_HEAD_DIM}"
+        # Both may be proxies of a symbolic trace, which have no truth value.
+        if attn_mask is not None and is_causal is True:
+            return "attn_mask and is_causal are both given"
+        if isinstance(attn_mask, Tensor) and attn_mask.requires_grad and torch.is_grad_enabled():
+            return "attn_mask requires grad, which has no kernel yet"
+        return None
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Return the attended tokens.
+
+        Args:
+            x: [B, N, dim], the dtype of the weights or, under autocast, any floating dtype.
+            attn_mask: None, or broadcasts to [B, H, N, N]: bool (True = take part) or additive.
+            is_causal: token i sees tokens j <= i.
+
+        Returns:
+            [B, N, dim_out].
+        """
+        if reason := self._why_plain(attn_mask, is_causal):
+            self._warn_fallback(reason)
+            unmasked = attn_mask is None and is_causal is False
+            return super().forward(x) if unmasked else super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        batch, seqlen, _ = x.shape
+        gate = getattr(self, "gate", None)
+        gate = None if gate is None else gate(x).sigmoid()
+        qkv = self.qkv(x).reshape(batch, seqlen, 3, self.num_heads, self.head_dim)
+        # torch's attention always takes 1/sqrt(head_dim), and so does timm's while fused_attn is on.
+        scale = None if getattr(self, "fused_attn", False) else self.scale
+        backend = self._fastvit_backend
+        if _is_no_op(getattr(self, "q_norm", None)) and _is_no_op(getattr(self, "k_norm", None)):
+            heads = _attend_packed(qkv, attn_mask, is_causal, scale, backend)
+        else:
+            query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, H, N, D]
+            query, key = self.q_norm(query), self.k_norm(key)
+            heads = _attend(query, key, value, attn_mask, is_causal, scale, backend)
+        x = heads.reshape(batch, seqlen, self.num_heads * self.head_dim)
+        norm = getattr(self, "norm", None)
+        x = x if norm is None else norm(x)
+        x = x if gate is None else x * gate
+        x = self.proj(x)
+        proj_drop = getattr(self, "proj_drop", None)
+        return x if proj_drop is None else proj_drop(x)
+
+
+def _matrix_readers(module: nn.Module) -> list[str]:
+    readers = []
+    for name, plain_types in (("attn_drop", (nn.Dropout, nn.Identity)), ("softmax", (nn.Softmax,))):
+        child = getattr(module, name, None)
+        if child is None:
+            continue
+        if type(child) not in plain_types or has_own_forward(child):
+            readers.append(f"{name} is a {type(child).__name__} of its own making")
+        elif has_hooks(child):
+            readers.append(f"a hook on {name} wants the attention matrix")
+    return readers
+
+
+def _is_no_op(norm: nn.Module | None) -> bool:
+    return norm is None or (type(norm) is nn.Identity and not has_hooks(norm))
+
+
+class _PlainAttention(nn.Module):
+    """The forward of timm.layers.Attention in torch alone, which the fused one steps back to."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Return the attended tokens by torch's own attention, or written out where a hook or ``fused_attn`` asks for it."""
+        batch, seqlen, _ = x.shape
+        gate = None if self.gate is None else self.gate(x).sigmoid()
+        qkv = self.qkv(x).reshape(batch, seqlen, 3, self.num_heads, self.head_dim)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        query, key = self.q_norm(query), self.k_norm(key)
+        if self.fused_attn and not _matrix_readers(self):
+            dropout_p = getattr(self.attn_drop, "p", 0.0) if self.training else 0.0
+            heads = F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal)
+        else:
+            heads = self._written_out(query, key, value, attn_mask, is_causal)
+        x = self.norm(heads.transpose(1, 2).reshape(batch, seqlen, self.attn_dim))
+        x = x if gate is None else x * gate
+        return self.proj_drop(self.proj(x))
+
+    def _written_out(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool
+    ) -> Tensor:
+        scores = (query * self.scale) @ key.transpose(-2, -1)  # [B, H, N, N]
+        if is_causal:
+            attn_mask = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril()
+        if attn_mask is not None:
+            is_bool = attn_mask.dtype == torch.bool
+            scores = scores.masked_fill(~attn_mask, -torch.inf) if is_bool else scores + attn_mask
+        return self.attn_drop(scores.softmax(dim=-1)) @ value
+
+
+class Attention(FusedAttentionForward, _PlainAttention):
+    """timm.layers.Attention with the fused op: same constructor, attributes, state_dict keys and forward.
+
+    Args:
+        dim, num_heads: width of the tokens and number of heads.
+        attn_head_dim: head_dim, if not dim / num_heads. dim_out: width of the output, if not dim.
+        qkv_bias, proj_bias: biases of the two projections.
+        qk_norm, scale_norm, norm_layer: normalise query and key per head, and the heads' output, with this class.
+        gated: multiply the heads' output by a sigmoid gate of the input.
+        attn_drop: dropout of the attention weights; training with it runs torch's own attention.
+        proj_drop: dropout after the output projection.
+        device, dtype: of the parameters.
+        backend: run on this backend or raise; None chooses from the measured order.
+
+    ``timm.create_model(name, attn_layer=fastvit.modules.Attention)`` builds a model with it and loads stock weights.
+    Raises ValueError when the heads do not divide ``dim`` or ``norm_layer`` is missing.
+    Source: Vaswani et al. 2017, section 3.2.2; timm 1.0.31 for names.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        attn_head_dim: int | None = None,
+        dim_out: int | None = None,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        scale_norm: bool = False,
+        proj_bias: bool = True,
+        gated: bool = False,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        norm_layer: Callable[..., nn.Module] | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        if attn_head_dim is None and dim % num_heads:
+            raise ValueError(f"num_heads: got {num_heads}; it must divide dim {dim}, unless attn_head_dim is given")
+        if (qk_norm or scale_norm) and norm_layer is None:
+            raise ValueError("norm_layer: got None; qk_norm and scale_norm need a normalisation class")
+        check_backend_name(backend)
+        factory = {"device": device, "dtype": dtype}
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads if attn_head_dim is None else attn_head_dim
+        self.attn_dim = self.num_heads * self.head_dim
+        self.scale = self.head_dim**-0.5
+        self.fused_attn = True
+
+        self.qkv = nn.Linear(dim, 3 * self.attn_dim, bias=qkv_bias, **factory)
+        self.q_norm = norm_layer(self.head_dim, **factory) if qk_norm else nn.Identity()
+        self.k_norm = norm_layer(self.head_dim, **factory) if qk_norm else nn.Identity()
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.norm = norm_layer(self.attn_dim, **factory) if scale_norm else nn.Identity()
+        self.gate = nn.Linear(dim, self.attn_dim, bias=qkv_bias, **factory) if gated else None
+        self.proj = nn.Linear(self.attn_dim, dim_out or dim, bias=proj_bias, **factory)
+        self.proj_drop = nn.Dropout(proj_drop)
+        if backend is not None:
+            self._fastvit_backend = backend

@@ -1,0 +1,62 @@
+"""What every module with a fused forward shares: its backend, when it steps back to the plain forward, and saying so."""
+
+from __future__ import annotations
+
+import warnings
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+ADDED_ATTRIBUTES = ("_fastvit_backend", "_fastvit_warned")
+
+
+class FusedForward:
+    """Mixin in front of a plain module class: its forward runs an op, or the plain class's forward where the op cannot.
+
+    The mixin adds no parameter, buffer or child. ``ADDED_ATTRIBUTES`` are all that it may put into an instance.
+    """
+
+    fastvit_kind: ClassVar[str]
+    _fastvit_backend: str | None = None
+
+    @classmethod
+    def fastvit_obstacles(cls, module: nn.Module) -> list[str]:
+        """Return why an instance of the plain class cannot take this forward at all; empty means that it can."""
+        raise NotImplementedError
+
+    @classmethod
+    def fastvit_fallbacks(cls, module: nn.Module) -> list[str]:
+        """Return in which situations, as the module stands now, the plain forward would run."""
+        raise NotImplementedError
+
+    def _warn_fallback(self, reason: str) -> None:
+        # A warning is a graph break in some compilers, and a compiled module has been warned about when it ran eagerly.
+        if torch.compiler.is_compiling() or self.__dict__.get("_fastvit_warned"):
+            return
+        self.__dict__["_fastvit_warned"] = True
+        warnings.warn(f"{type(self).__name__}: {reason}, so this module runs its plain forward", stacklevel=3)
+
+    def extra_repr(self) -> str:
+        """Return the plain class's text, the backend, and where the plain forward runs."""
+        notes = [f"backend={self._fastvit_backend or 'automatic'}", *self.fastvit_fallbacks(self)]
+        plain = super().extra_repr()
+        return "; ".join([plain, *notes] if plain else notes)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether any forward or backward hook is registered on the module itself."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Return whether ``forward`` was replaced on the instance, where a class's forward no longer counts."""
+    return "forward" in module.__dict__
+
+
+def strangers(module: nn.Module, known: frozenset[str]) -> list[str]:
+    """Return the names of children, parameters and buffers of the module itself that are not ``known``."""
+    own = [*module._modules, *module._parameters, *module._buffers]
+    return [name for name in own if name not in known]

@@ -1,0 +1,219 @@
+"""Put the fused layers into an existing model, in place, and take them out again.
+
+A swap changes ``module.__class__`` to a subclass of the module's own class. Parameters, buffers, hooks, children, flags
+and the module's identity stay the very same objects, so optimizers, tied weights, state_dict keys, deepcopy, pickle,
+torch.compile and torch.export keep working, and ``isinstance`` stays true.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from fastvit.adapters import registered
+from fastvit.modules.fused import ADDED_ATTRIBUTES, FusedForward
+from fastvit.ops.backends import AUTOMATIC_ORDER, BACKENDS, automatic_order, check_backend_name, requested_backend
+
+FUSED, ALREADY_FUSED, LEFT_ALONE, RESTORED = "fused", "already fused", "left alone", "restored"
+
+# What a person would call an attention layer or a patch embedding by its class name.
+LOOKS_LIKE_ONE = re.compile(r"attention|attn|patch_?embed|hybrid_?embed", re.IGNORECASE)
+# A patch embedding without a module of its own is a convolution that steps by its kernel; 2×2 ones shrink feature maps.
+SMALLEST_PATCH = 4
+
+
+@dataclass(frozen=True)
+class SwapRow:
+    """What happened to one module: ``action`` is "fused", "already fused", "left alone" or "restored"."""
+
+    name: str
+    original_type: str
+    action: str
+    reason: str = ""
+    backend: str = ""
+
+
+@dataclass(frozen=True)
+class SwapReport:
+    """What a swap did, line by line; ``str(report)`` is a table with one line per group of equal rows."""
+
+    rows: tuple[SwapRow, ...]
+    remarks: tuple[str, ...] = field(default=())
+
+    @property
+    def swapped(self) -> tuple[SwapRow, ...]:
+        """The rows of the modules that run fused now."""
+        return tuple(row for row in self.rows if row.action in (FUSED, ALREADY_FUSED))
+
+    @property
+    def left_alone(self) -> tuple[SwapRow, ...]:
+        """The rows of the modules that look like attention or a patch embedding and were not changed."""
+        return tuple(row for row in self.rows if row.action == LEFT_ALONE)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The number of rows per action."""
+        return dict(Counter(row.action for row in self.rows))
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return "nothing to swap: no attention layer and no patch embedding was found"
+        lines = []
+        for (pattern, kind, action, reason, backend), names in _groups(self.rows).items():
+            times = f" ×{len(names)}" if len(names) > 1 else ""
+            lines.append((f"{_ranges(pattern, names)}{times}", f"{kind} -> {action}", backend, reason))
+        widths = [max(len(line[column]) for line in lines) for column in range(3)]
+        table = ["  ".join(cell.ljust(width) for cell, width in zip(line, (*widths, 0), strict=True)) for line in lines]
+        counts = ", ".join(f"{number} {action}" for action, number in self.counts.items())
+        return "\n".join([*(line.rstrip() for line in table), counts, *self.remarks])
+
+
+def swap(model: nn.Module, *, backend: str | None = None, strict: bool = False) -> SwapReport:
+    """Make the attention layers and patch embeddings of ``model`` run the fused ops, in place.
+
+    Args:
+        model: any module; only modules whose type is exactly a registered one are changed (see
+            :func:`fastvit.adapters.register_swap`), everything else that looks like one is reported with the reason.
+        backend: the swapped modules run on this backend or raise; None chooses from the measured order.
+        strict: raise, and change nothing, if anything that looks like attention or a patch embedding is left alone.
+
+    Returns:
+        A report. Swapping again changes at most the backend.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: the backend is unknown, or ``strict`` and something would be left alone. Nothing has changed then.
+    """
+    _check_model(model)
+    check_backend_name(backend)
+    table = registered()
+    plan = list(_plan(model, table, backend))
+    report = SwapReport(tuple(row for _, row in plan), _remarks(model, backend, plan))
+    if strict and report.left_alone:
+        raise ValueError(f"strict: got True, and not everything can be swapped; nothing was changed\n{report}")
+    for module, row in plan:
+        if row.action == FUSED:
+            module.__class__ = table[type(module)]
+        if row.action in (FUSED, ALREADY_FUSED):
+            _set_backend(module, backend)
+    return report
+
+
+def unswap(model: nn.Module) -> SwapReport:
+    """Give every swapped module in ``model`` its own class back and remove what the swap added; return the report.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    _check_model(model)
+    originals = {fused: original for original, fused in registered().items()}
+    rows = []
+    for name, module in model.named_modules():
+        if type(module) not in originals:
+            continue
+        module.__class__ = originals[type(module)]
+        for attribute in ADDED_ATTRIBUTES:
+            module.__dict__.pop(attribute, None)
+        rows.append(SwapRow(name or "(root)", type(module).__name__, RESTORED))
+    return SwapReport(tuple(rows))
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}; accepted is a torch.nn.Module")
+
+
+def _plan(
+    model: nn.Module, table: dict[type[nn.Module], type[nn.Module]], backend: str | None
+) -> Iterator[tuple[nn.Module, SwapRow]]:
+    originals = {fused: original for original, fused in table.items()}
+    shown = backend or "automatic"
+    handled: set[int] = set()
+    for name, module in model.named_modules():
+        kind, path = type(module), name or "(root)"
+        if id(module) in handled:
+            continue
+        if isinstance(module, FusedForward):
+            notes = ([] if kind in originals else ["built with fastvit.modules"]) + kind.fastvit_fallbacks(module)
+            row = SwapRow(path, originals.get(kind, kind).__name__, ALREADY_FUSED, "; ".join(notes), shown)
+        elif kind in table and not (obstacles := table[kind].fastvit_obstacles(module)):
+            notes = table[kind].fastvit_fallbacks(module)
+            row = SwapRow(path, kind.__name__, FUSED, "; ".join(notes), shown)
+        elif kind in table:
+            row = SwapRow(path, kind.__name__, LEFT_ALONE, "; ".join(obstacles))
+        elif reason := _why_left_alone(module, table):
+            row = SwapRow(path, kind.__name__, LEFT_ALONE, reason)
+        else:
+            continue
+        # Children of a layer are part of it: proj of a PatchEmbed is no second patch embedding.
+        handled.update(id(child) for child in module.modules())
+        yield module, row
+
+
+def _why_left_alone(module: nn.Module, table: dict[type[nn.Module], type[nn.Module]]) -> str | None:
+    kind = type(module)
+    if base := next((original for original in kind.__mro__ if original in table), None):
+        return f"a subclass of {base.__name__} that may compute something else; only that exact class is swapped"
+    if isinstance(module, nn.Conv2d):
+        is_patching = module.stride == module.kernel_size and min(module.kernel_size) >= SMALLEST_PATCH
+        is_patching = is_patching and module.padding in ((0, 0), "valid") and module.groups == 1
+        return "a patch embedding outside a module that fastvit knows" if is_patching else None
+    # The innermost module of that name is the layer; one around it is a block, a wrapper or a whole model.
+    if not hasattr(module, "fused_attn") and (
+        not LOOKS_LIKE_ONE.search(kind.__name__)
+        or any(_is_a_layer(child, table) for child in module.modules() if child is not module)
+    ):
+        return None
+    return f"no fused version of {kind.__module__}.{kind.__qualname__}"
+
+
+def _is_a_layer(module: nn.Module, table: dict[type[nn.Module], type[nn.Module]]) -> bool:
+    named_so = hasattr(module, "fused_attn") or bool(LOOKS_LIKE_ONE.search(type(module).__name__))
+    return named_so or isinstance(module, (FusedForward, *table))
+
+
+def _set_backend(module: nn.Module, backend: str | None) -> None:
+    module.__dict__.pop("_fastvit_backend", None)
+    if backend is not None:
+        module.__dict__["_fastvit_backend"] = backend
+
+
+def _remarks(model: nn.Module, backend: str | None, plan: list[tuple[nn.Module, SwapRow]]) -> tuple[str, ...]:
+    if not any(row.action in (FUSED, ALREADY_FUSED) for _, row in plan):
+        return ()
+    if asked := requested_backend(backend):
+        return (f"backend: {asked}: {BACKENDS[asked].description}",)
+    own = {parameter.device.type for parameter in model.parameters()}
+    return tuple(
+        f"{device_type}: automatic order {', then '.join(place.backend for place in automatic_order(device_type))}"
+        for device_type in sorted(own | set(AUTOMATIC_ORDER))
+    )
+
+
+def _groups(rows: tuple[SwapRow, ...]) -> dict[tuple[str, str, str, str, str], list[str]]:
+    groups: dict[tuple[str, str, str, str, str], list[str]] = {}
+    for row in rows:
+        pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", row.name)
+        key = (pattern, row.original_type, row.action, row.reason, row.backend)
+        groups.setdefault(key, []).append(row.name)
+    return groups
+
+
+def _ranges(pattern: str, names: list[str]) -> str:
+    columns = zip(*(name.split(".") for name in names), strict=True)
+    parts = []
+    for part, column in zip(pattern.split("."), columns, strict=True):
+        if part != "*":
+            parts.append(part)
+            continue
+        numbers = sorted({int(number) for number in column})
+        first, last = numbers[0], numbers[-1]
+        if len(numbers) == last - first + 1:
+            parts.append(str(first) if first == last else f"{first}-{last}")
+        else:
+            parts.append(",".join(map(str, numbers)))
+    return ".".join(parts)
