@@ -32,13 +32,17 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def livened(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Give every parameter random values of a trained model's scale: peaked attention, layer scales that count."""
+    """Give every parameter random values: attention that is not flat, and layer scales that count.
+
+    The dense layers shrink what they are given, so that a dozen of them do not amplify one rounding until it is all that
+    the tolerance rule sees.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             spread = 0.1
             if parameter.dim() > 1 and name.endswith("weight"):
-                spread = (2.0 if ".qkv." in name else 1.0) * parameter[0].numel() ** -0.5
+                spread = (1.0 if ".qkv." in name else 0.5) * parameter[0].numel() ** -0.5
             one = name.endswith("gamma") or ("norm" in name and name.endswith("weight"))
             parameter.copy_(float(one) + spread * torch.randn(parameter.shape, generator=generator))
     return model.eval()
@@ -134,9 +138,9 @@ def test_real_models_keep_their_numbers(
 
 
 def test_the_reference_vit_swaps_too() -> None:
-    model = livened(vit.vit_ti16(img_size=64, depth=3, num_classes=7))
-    x = images()
-    theirs = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=7).eval()
+    model = livened(vit.vit_ti16(img_size=64, depth=3))
+    x = images(4)
+    theirs = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3).eval()
     theirs.load_state_dict(model.state_dict(), strict=True)
     truth = forward_backward(copy.deepcopy(model).double(), x.double())
     own = torchs_own(theirs, x, truth)

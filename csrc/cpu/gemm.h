@@ -34,7 +34,24 @@ struct TileArgs {
   int64_t k;
 };
 
-template <class T, int Rows, int Vectors, bool Accumulate>
+// What one step of k multiplies: one element of A with a vector of B, ...
+struct Multiply {
+  template <class T>
+  static Vec<T> add(Vec<T> sum, Vec<T> left, Vec<T> right) {
+    return sum + left * right;
+  }
+};
+// ... or, where the processor has it, a pair of neighbouring bfloat16 (in the bits of a float) with a vector of pairs.
+#if defined(__AVX512BF16__)
+struct MultiplyPairs {
+  template <class T>
+  static Vec<T> add(Vec<T> sum, Vec<T> left, Vec<T> right) {
+    return (Vec<T>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)left, (__m512bh)right);
+  }
+};
+#endif
+
+template <class Step, class T, int Rows, int Vectors, bool Accumulate>
 void tile(const TileArgs<T>& args) {
   constexpr int L = kLanes<T>;
   Vec<T> accumulator[Rows][Vectors];
@@ -56,7 +73,7 @@ void tile(const TileArgs<T>& args) {
     for (int r = 0; r < Rows; ++r) {
       Vec<T> left = splat(a[r * a_row]);
 #pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) accumulator[r][v] += left * right[v];
+      for (int v = 0; v < Vectors; ++v) accumulator[r][v] = Step::template add<T>(accumulator[r][v], left, right[v]);
     }
     a += args.a_k;
     b += args.b_stride;
@@ -71,27 +88,27 @@ void tile(const TileArgs<T>& args) {
   }
 }
 
-template <class T, int Vectors, bool Accumulate, int Rows = kTileRows>
+template <class Step, class T, int Vectors, bool Accumulate, int Rows = kTileRows>
 inline void call_tile(int rows, const TileArgs<T>& args) {
   if (rows == Rows) {
-    tile<T, Rows, Vectors, Accumulate>(args);
+    tile<Step, T, Rows, Vectors, Accumulate>(args);
   } else if constexpr (Rows > 1) {
-    call_tile<T, Vectors, Accumulate, Rows - 1>(rows, args);
+    call_tile<Step, T, Vectors, Accumulate, Rows - 1>(rows, args);
   }
 }
 
 // C [m][lanes] (+)= A [m][k] · B [k][lanes] for any m and `vectors` vectors of lanes, at most kTileVectors. Rows are
 // dealt out evenly over the tiles, so that no tile is left with too few accumulators to hide the latency of an FMA.
-template <class T, bool Accumulate>
+template <class T, bool Accumulate, class Step = Multiply>
 inline void panel_product(int64_t m, int vectors, TileArgs<T> args) {
   int64_t tiles = ceil_div(m, kTileRows);
   int64_t rows = m / tiles, longer = m % tiles;
   for (int64_t t = 0; t < tiles; ++t) {
     int current = int(rows + (t < longer));
     if (vectors == 2) {
-      call_tile<T, 2, Accumulate>(current, args);
+      call_tile<Step, T, 2, Accumulate>(current, args);
     } else {
-      call_tile<T, 1, Accumulate>(current, args);
+      call_tile<Step, T, 1, Accumulate>(current, args);
     }
     args.a += current * args.a_row;
     args.c += current * args.c_stride;
@@ -99,15 +116,15 @@ inline void panel_product(int64_t m, int vectors, TileArgs<T> args) {
 }
 
 // A long k in steps of kReduction terms, which bounds the rounding error of the sum; adds to C if `accumulate`.
-template <class T>
+template <class T, class Step = Multiply>
 inline void panel_product_in_steps(int64_t m, int vectors, TileArgs<T> args, bool accumulate) {
   const int64_t terms = args.k;
   for (int64_t k = 0; k < terms; k += kReduction) {
     args.k = min64(kReduction, terms - k);
     if (k > 0 || accumulate) {
-      panel_product<T, true>(m, vectors, args);
+      panel_product<T, true, Step>(m, vectors, args);
     } else {
-      panel_product<T, false>(m, vectors, args);
+      panel_product<T, false, Step>(m, vectors, args);
     }
     args.a += args.k * args.a_k;
     args.b += args.k * args.b_stride;

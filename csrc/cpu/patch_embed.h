@@ -1,9 +1,11 @@
 // Patch embedding as an implicit matrix product: patches are gathered from the image block by block, never as a whole.
 //
 // With X [tokens][K] the patches, W [D][K] the weight and Y [tokens][D] the tokens:
-//   forward          Y^T = W X^T + b        one token per vector lane, W broadcast in place
-//   backward weight  dW  = dY^T X           dY broadcast, X as gathered
-//   backward images  dX  = dY W             dY broadcast in place, scattered without overlap
+//   forward          Y  = X W^T + b    X broadcast as gathered, W transposed once per task
+//   backward weight  dW = dY^T X       dY broadcast in place, X as gathered
+//   backward images  dX = dY W         dY broadcast in place, the result scattered without overlap
+// On a processor with AVX512-BF16 the forward multiplies bfloat16 pairs as they lie in memory; elsewhere 16-bit inputs
+// are widened on the way in.
 #pragma once
 
 #include "arena.h"
@@ -23,10 +25,18 @@ struct Split {
   int64_t length(int64_t part) const { return min64(size, total - part * size); }
 };
 
-constexpr int64_t kWeightRows = 192;        // rows of W per forward task: 192 · 768 · 4 bytes fit the second-level cache
-constexpr int64_t kPatchBytes = 512 << 10;  // gathered patches per forward task
-constexpr int64_t kPatchColumns = 128;      // columns of X or W per backward task
-constexpr int64_t kTokenRows = 256;         // tokens per step of the backward tasks
+constexpr int64_t kWeightRows = 192;   // rows of W per forward task: 192 · 768 · 4 bytes fit the second-level cache
+constexpr int64_t kForwardTokens = 56;  // tokens per forward task: four full tiles, whose patches stay in cache
+constexpr int64_t kPatchColumns = 64;   // columns of X or W per backward task
+constexpr int64_t kTokenRows = 256;     // tokens per step of the backward tasks
+
+#if defined(__AVX512BF16__)
+constexpr bool kHasPairs = true;
+using PairStep = MultiplyPairs;
+#else
+constexpr bool kHasPairs = false;
+using PairStep = Multiply;
+#endif
 
 template <class In>
 class PatchEmbed {
@@ -45,65 +55,31 @@ class PatchEmbed {
         tokens_(static_cast<In*>(p.tokens)) {}
 
   int64_t num_tokens() const { return p_.batch * per_image_; }
-  Split forward_tokens() const {
-    int64_t panels = max64(1, min64(8, kPatchBytes / (size_ * W * int64_t(sizeof(T)))));
-    return {num_tokens(), panels * W, W};
-  }
-  Split forward_rows() const { return {p_.embed_dim, kWeightRows, L}; }
+  Split forward_tokens() const { return {num_tokens(), kForwardTokens, 1}; }
+  Split forward_rows() const { return {p_.embed_dim, kWeightRows, W}; }
   Split token_steps() const { return {num_tokens(), kTokenRows, 1}; }
   Split columns() const { return {size_, kPatchColumns, W}; }
-  // Small problems are cut finer, so that every thread has work.
-  Split gradient_rows() const {
-    return {p_.embed_dim, max64(48, min64(384, p_.embed_dim * columns().count / 16)), L};
-  }
+  // One part while its accumulators fit the second-level cache: each further part gathers the patches again.
+  Split gradient_rows() const { return {p_.embed_dim, 768, L}; }
 
   void forward(int64_t begin, int64_t end) {
-    const Split tokens = forward_tokens(), rows = forward_rows();
-    T *gathered, *panels, *product_lanes, *product_rows, *weight = nullptr;
-    T* bias = nullptr;
-    const int64_t padded = round_up(size_, L), padded_rows = round_up(rows.size, L);
-    auto allocate = [&](Arena& arena) {
-      gathered = arena.take<T>(W * padded);
-      panels = arena.take<T>(round_up(tokens.size, W) * padded);
-      product_lanes = arena.take<T>(padded_rows * W);
-      product_rows = arena.take<T>(W * padded_rows);
-      bias = arena.take<T>(rows.size);
-      if constexpr (!__is_same(In, T)) weight = arena.take<T>(rows.size * size_);
-    };
-    reserve(allocate);
-    int64_t loaded = -1;
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t part = task / rows.count, row_part = task % rows.count;
-      const int64_t first = tokens.begin(part), count = tokens.length(part);
-      const int64_t row = rows.begin(row_part), num_rows = rows.length(row_part);
-      if (part != loaded) {
-        for (int64_t t = 0; t < count; t += W) gather_lanes(first + t, min64(W, count - t), gathered, panels + t * padded);
-        loaded = part;
-      }
-      const Matrix matrix = weight_rows(row, num_rows, weight);
-      for (int64_t d = 0; d < num_rows; ++d) bias[d] = bias_ == nullptr ? T(0) : T(widen(bias_[row + d]));
-      for (int64_t t = 0; t < count; t += W) {
-        const int64_t lanes = min64(W, count - t);
-        const int vectors = int(ceil_div(lanes, L));
-        multiply_lanes(matrix, num_rows, vectors, panels + t * padded, product_lanes);
-        transpose(product_lanes, W, padded_rows, int64_t(vectors) * L, product_rows, padded_rows);
-        for (int64_t i = 0; i < lanes; ++i) {
-          T* result = product_rows + i * padded_rows;
-          for (int64_t d = 0; d < num_rows; ++d) result[d] += bias[d];
-          store_row(result, num_rows, token(first + t + i) + row);
-        }
-      }
+    if constexpr (kHasPairs && __is_same(In, BFloat16)) {
+      // An odd patch would end in half a pair.
+      if (size_ % 2 == 0) return forward_units<BFloat16, PairStep>(begin, end);
     }
+    forward_units<T, Multiply>(begin, end);
   }
 
   void backward_weight(int64_t begin, int64_t end) {
     const Split cols = columns(), rows = gradient_rows(), steps = token_steps();
     const int64_t width = round_up(cols.size, L);
-    T *patches, *grad_tokens, *grad_weight;
+    T *patches, *grad_tokens = nullptr, *grad_weight;
     double* grad_bias;
+    // Tokens of all images evenly spaced: the gradient is read where it lies.
+    const bool in_place = __is_same(In, T) && p_.token_batch_stride == per_image_ * p_.token_stride;
     auto allocate = [&](Arena& arena) {
       patches = arena.take<T>(steps.size * width);
-      grad_tokens = arena.take<T>(steps.size * rows.size);
+      if (!in_place) grad_tokens = arena.take<T>(steps.size * rows.size);
       grad_weight = arena.take<T>(rows.size * width);
       grad_bias = arena.take<double>(rows.size);
     };
@@ -119,21 +95,25 @@ class PatchEmbed {
         for (int64_t t = 0; t < count; ++t) {
           gather(first + t, column, num_columns, patches + t * width);
           for (int64_t k = num_columns; k < width; ++k) patches[t * width + k] = 0;
-          T* grads = grad_tokens + t * num_rows;
-          load_row(token(first + t) + row, num_rows, T(1), grads);
+          const In* source = token(first + t) + row;
+          if (!in_place) load_row(source, num_rows, T(1), grad_tokens + t * num_rows);
           // In double: a plain float sum over all tokens would lose digits that torch's pairwise sum keeps.
           if (part == 0) {
-            for (int64_t d = 0; d < num_rows; ++d) grad_bias[d] += grads[d];
+            for (int64_t d = 0; d < num_rows; ++d) grad_bias[d] += double(widen(source[d]));
           }
         }
-        product<T, true>(num_rows, num_columns, {grad_tokens, 1, num_rows, patches, width, grad_weight, width, count});
+        Matrix grads{grad_tokens, num_rows};
+        if constexpr (__is_same(In, T)) {
+          if (in_place) grads = {token(first) + row, p_.token_stride};
+        }
+        product<T, true>(num_rows, num_columns, {grads.data, 1, grads.stride, patches, width, grad_weight, width, count});
       }
       for (int64_t d = 0; d < num_rows; ++d) {
         store_row(grad_weight + d * width, num_columns, weight_ + (row + d) * size_ + column);
       }
       if (part == 0 && bias_ != nullptr) {
-        for (int64_t d = 0; d < num_rows; ++d) grad_tokens[d] = T(grad_bias[d]);
-        store_row(grad_tokens, num_rows, bias_ + row);
+        for (int64_t d = 0; d < num_rows; ++d) grad_weight[d] = T(grad_bias[d]);
+        store_row(grad_weight, num_rows, bias_ + row);
       }
     }
   }
@@ -182,6 +162,67 @@ class PatchEmbed {
     int64_t stride;
   };
 
+  // The forward pass over units of 32 or 64 bits: one element of the compute type, or a pair of bfloat16.
+  template <class Element, class Step>
+  void forward_units(int64_t begin, int64_t end) {
+    const Split tokens = forward_tokens(), rows = forward_rows();
+    constexpr int64_t kPerUnit = int64_t(sizeof(T) / sizeof(Element));
+    const int64_t units = size_ / kPerUnit, padded = round_up(units, L);
+    T *patches, *weight_rows, *weight, *results, *bias;
+    auto allocate = [&](Arena& arena) {
+      patches = arena.take<T>(tokens.size * units);
+      weight_rows = arena.take<T>(L * padded);
+      weight = arena.take<T>(rows.size * padded);
+      results = arena.take<T>(tokens.size * W);
+      bias = arena.take<T>(rows.size);
+    };
+    reserve(allocate);
+    int64_t loaded = -1;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t row_part = task / tokens.count, part = task % tokens.count;
+      const int64_t first = tokens.begin(part), count = tokens.length(part);
+      const int64_t row = rows.begin(row_part), num_rows = rows.length(row_part);
+      if (row_part != loaded) {
+        transpose_weight<Element>(row, num_rows, units, weight_rows, weight);
+        for (int64_t d = 0; d < num_rows; ++d) bias[d] = bias_ == nullptr ? T(0) : T(widen(bias_[row + d]));
+        for (int64_t d = num_rows; d < rows.size; ++d) bias[d] = 0;
+        loaded = row_part;
+      }
+      for (int64_t t = 0; t < count; ++t) {
+        gather(first + t, 0, size_, reinterpret_cast<Element*>(patches + t * units));
+      }
+      for (int64_t d = 0; d < num_rows; d += W) {
+        const int64_t lanes = min64(W, num_rows - d);
+        const int vectors = int(ceil_div(lanes, L));
+        panel_product_in_steps<T, Step>(count, vectors, {patches, units, 1, weight + d * padded, W, results, W, units},
+                                        false);
+        for (int64_t t = 0; t < count; ++t) {
+          for (int v = 0; v < vectors; ++v) {
+            store(results + t * W + v * L, load(results + t * W + v * L) + load(bias + d + v * L));
+          }
+          store_row(results + t * W, lanes, token(first + t) + row + d);
+        }
+      }
+    }
+  }
+
+  // W [rows][K] → panels of [K][W] units, zero beyond the rows.
+  template <class Element>
+  void transpose_weight(int64_t first, int64_t count, int64_t units, T* rows, T* panels) const {
+    const int64_t padded = round_up(units, L);
+    for (int64_t d = 0; d < round_up(count, L); d += L) {
+      for (int64_t i = 0; i < L; ++i) {
+        T* row = rows + i * padded;
+        const int64_t filled = d + i < count ? units : 0;
+        const In* source = weight_ + (first + d + i) * size_;
+        if (filled > 0) copy_run(source, size_, reinterpret_cast<Element*>(row));
+        for (int64_t k = filled; k < padded; ++k) row[k] = 0;
+      }
+      T* panel = panels + d / W * W * padded + d % W;
+      transpose(rows, padded, L, padded, panel, W);
+    }
+  }
+
   template <class F>
   void reserve(const F& allocate) {
     Arena measure;
@@ -215,10 +256,24 @@ class PatchEmbed {
     }
   }
 
-  void gather(int64_t index, int64_t column, int64_t count, T* target) const {
+  // Copies, or widens, a run of elements. Runs are as short as a patch is wide: no call, and whole vectors while they last.
+  template <class Element>
+  static void copy_run(const In* source, int64_t count, Element* target) {
+    if constexpr (!__is_same(In, Element)) {
+      load_row(source, count, T(1), target);
+    } else {
+      constexpr int64_t kBytes = 16, kStep = kBytes / int64_t(sizeof(Element));
+      int64_t i = 0;
+      for (; i + kStep <= count; i += kStep) __builtin_memcpy(target + i, source + i, kBytes);
+      for (; i < count; ++i) target[i] = source[i];
+    }
+  }
+
+  template <class Element>
+  void gather(int64_t index, int64_t column, int64_t count, Element* target) const {
     for_each_run(index, column, count, [&](const In* pixels, int64_t offset, int64_t run) {
-      if (p_.width_stride == 1) return load_row(pixels, run, T(1), target + offset);
-      for (int64_t i = 0; i < run; ++i) target[offset + i] = T(widen(pixels[i * p_.width_stride]));
+      if (p_.width_stride == 1) return copy_run(pixels, run, target + offset);
+      for (int64_t i = 0; i < run; ++i) copy_run(pixels + i * p_.width_stride, 1, target + offset + i);
     });
   }
 
@@ -227,26 +282,6 @@ class PatchEmbed {
       if (p_.width_stride == 1) return store_row(source + offset, run, pixels);
       for (int64_t i = 0; i < run; ++i) store_row(source + offset + i, 1, pixels + i * p_.width_stride);
     });
-  }
-
-  // Gathers up to W tokens and transposes them into `lanes` [padded][W], zero beyond the data.
-  void gather_lanes(int64_t first, int64_t count, T* rows, T* lanes) const {
-    const int64_t padded = round_up(size_, L);
-    for (int64_t t = 0; t < W; ++t) {
-      int64_t filled = t < count ? size_ : 0;
-      if (t < count) gather(first + t, 0, size_, rows + t * padded);
-      for (int64_t k = filled; k < padded; ++k) rows[t * padded + k] = 0;
-    }
-    transpose(rows, padded, W, padded, lanes, W);
-  }
-
-  // [rows][lanes] = matrix [rows][K] · lanes [K][W]
-  void multiply_lanes(Matrix matrix, int64_t rows, int vectors, const T* lanes, T* result) const {
-    panel_product_in_steps<T>(rows, vectors, {matrix.data, matrix.stride, 1, lanes, W, result, W, size_}, false);
-  }
-
-  Matrix weight_rows(int64_t first, int64_t count, T* buffer) const {
-    return widen_rows(weight_ + first * size_, size_, count, size_, buffer);
   }
 
   // Tokens of one image only: those are evenly spaced.

@@ -53,6 +53,7 @@ template <class T>
 inline void store(T* target, Vec<T> value) {
   *reinterpret_cast<typename Simd<T>::Unaligned*>(target) = value;
 }
+// By subtraction of zero, which changes no bit: the compiler makes it one broadcast, and folds that into an FMA.
 template <class T>
 inline Vec<T> splat(T value) {
   return value - Vec<T>{};

@@ -92,6 +92,7 @@ def _attention_job(
     constants = {
         "HEAD_DIM": head_dim, "HEAD_DIM_V": head_dim_v, "BLOCK_D": block_d, "BLOCK_DV": block_dv,
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_TAIL": inner if is_causal else 16,
+        "SLICE": config.block_k,
         "BIAS": bias, "IS_CAUSAL": is_causal, "SCALE_MAX": bias == "none", "PRECISION": precision,
     }  # fmt: skip
     case = f"D{head_dim}" + (f"/{head_dim_v}" if head_dim_v != head_dim else "")
@@ -123,9 +124,11 @@ def _attention_jobs(family: str) -> Iterator[Job]:
 
 def _patch_embed_jobs(family: str) -> Iterator[Job]:
     for kernel in ("patch_embed_forward", "patch_embed_backward_weight", "patch_embed_backward_images"):
-        for dtype, patch, channels_last in (("bf16", 16, False), ("bf16", 14, True), ("fp32", 16, False)):
+        cases = (("bf16", 16, True), ("bf16", 14, False), ("fp32", 16, False), ("fp32", 14, True))
+        for dtype, patch, channels_last in cases:
             embed_dim, elements = 768, 3 * patch * patch
-            config = configs.patch_embed_config(kernel, ELEMENT_SIZE[dtype], family).fitted(n=embed_dim, k=elements)
+            config = configs.patch_embed_config(kernel, ELEMENT_SIZE[dtype], patch == 16, family)
+            config = config.fitted(n=embed_dim, k=elements)
             constants = {
                 "EMBED_DIM": embed_dim, "OUTER": 1 if channels_last else 3, "ROWS": patch,
                 "RUN": 3 * patch if channels_last else patch, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,

@@ -142,23 +142,57 @@ def grad_key_value_kernel(
 
 
 @triton.jit
+def sliced_product(
+    left_base, left_start, left_stride, left_limit, right_base, right_start, right_stride, right_limit,
+    DIM: tl.constexpr, SLICE: tl.constexpr, BLOCK_LEFT: tl.constexpr, BLOCK_RIGHT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return Left Rightᵀ of two tiles of rows, read SLICE columns at a time.
+
+    Without matrix instructions a thread holds whole rows and columns of both factors; of a slice they fit in registers.
+    """
+    left_rows, right_rows = left_start + tl.arange(0, BLOCK_LEFT), right_start + tl.arange(0, BLOCK_RIGHT)
+    left_offsets, right_offsets = left_rows.to(tl.int64) * left_stride, right_rows.to(tl.int64) * right_stride
+    product = tl.zeros([BLOCK_LEFT, BLOCK_RIGHT], tl.float32)
+    for first in tl.range(0, DIM, SLICE, num_stages=1):
+        dims = first + tl.arange(0, SLICE)
+        left_mask = (left_rows < left_limit)[:, None] & (dims < DIM)[None, :]
+        left = tl.load(left_base + (left_offsets[:, None] + dims[None, :]), mask=left_mask, other=0.0)
+        right_mask = (right_rows < right_limit)[:, None] & (dims < DIM)[None, :]
+        right = tl.load(right_base + (right_offsets[:, None] + dims[None, :]), mask=right_mask, other=0.0)
+        product = tl.dot(left, tl.trans(right), product, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
 def _add_key_block(
-    grad_query, query, grad_output, lse, delta, key_base, key_stride, value_base, value_stride, bias_base,
-    bias_strides, rows, start, seqlen_q, seqlen_k, scale_log2,
+    grad_query, query_base, query_stride, query, grad_base, grad_stride, grad_output, lse, delta, key_base, key_stride,
+    value_base, value_stride, bias_base, bias_strides, first_row, start, seqlen_q, seqlen_k, scale_log2,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr, BIAS: tl.constexpr, IS_CAUSAL: tl.constexpr, CHECKED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_KEYS: tl.constexpr, SLICE: tl.constexpr, BIAS: tl.constexpr, IS_CAUSAL: tl.constexpr, CHECKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add what the key block that begins at ``start`` gives to dQ (before scaling)."""
     key = load_tile(key_base, start, key_stride, seqlen_k, HEAD_DIM, BLOCK_KEYS, BLOCK_D, CHECKED)
-    columns = start + tl.arange(0, BLOCK_KEYS)
-    scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2  # [BLOCK_M, BLOCK_KEYS]
+    rows, columns = first_row + tl.arange(0, BLOCK_M), start + tl.arange(0, BLOCK_KEYS)
+    if SLICE > 0:
+        scores = sliced_product(
+            query_base, first_row, query_stride, seqlen_q, key_base, start, key_stride, seqlen_k,
+            HEAD_DIM, SLICE, BLOCK_M, BLOCK_KEYS, PRECISION,
+        )  # fmt: skip
+        grad_probabilities = sliced_product(
+            grad_base, first_row, grad_stride, seqlen_q, value_base, start, value_stride, seqlen_k,
+            HEAD_DIM_V, SLICE, BLOCK_M, BLOCK_KEYS, PRECISION,
+        )  # fmt: skip
+    else:
+        value = load_tile(value_base, start, value_stride, seqlen_k, HEAD_DIM_V, BLOCK_KEYS, BLOCK_DV, CHECKED)
+        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [BLOCK_M, BLOCK_KEYS]
+        grad_probabilities = tl.dot(grad_output, tl.trans(value), input_precision=PRECISION)
+    scores *= scale_log2
     scores = bias_and_mask(
         scores, bias_base, bias_strides, rows[:, None], columns[None, :], seqlen_q, seqlen_k, BIAS, IS_CAUSAL, CHECKED
     )
     probabilities = tl.exp2(scores - lse[:, None])
-    value = load_tile(value_base, start, value_stride, seqlen_k, HEAD_DIM_V, BLOCK_KEYS, BLOCK_DV, CHECKED)
-    grad_probabilities = tl.dot(grad_output, tl.trans(value), input_precision=PRECISION)
     grad_scores = probabilities * (grad_probabilities - delta[:, None])
     return tl.dot(grad_scores.to(key.dtype), key, grad_query, input_precision=PRECISION)
 
@@ -169,8 +203,8 @@ def grad_query_kernel(
     grad_output_strides, query_strides, key_strides, value_strides, bias_strides, grad_query_strides,
     num_heads, seqlen_q, seqlen_k, scale, scale_log2,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_TAIL: tl.constexpr, BIAS: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_TAIL: tl.constexpr, SLICE: tl.constexpr,
+    BIAS: tl.constexpr, IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: dQ of BLOCK_M queries of one head, from all keys that take part."""
     num_blocks = tl.cdiv(seqlen_q, BLOCK_M)
@@ -202,15 +236,15 @@ def grad_query_kernel(
     full_end = (tl.minimum(seqlen_k, first_row + 1) if IS_CAUSAL else seqlen_k) // BLOCK_N * BLOCK_N
     for start in tl.range(0, full_end, BLOCK_N):
         grad_query = _add_key_block(
-            grad_query, query, grad_output, lse, delta, key_base, key_stride, value_base, value_stride, bias_base,
-            bias_strides, rows, start, seqlen_q, seqlen_k, scale_log2, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
-            BLOCK_N, BIAS, False, False, PRECISION,
+            grad_query, query_base, query_stride, query, grad_base, grad_stride, grad_output, lse, delta, key_base,
+            key_stride, value_base, value_stride, bias_base, bias_strides, first_row, start, seqlen_q, seqlen_k,
+            scale_log2, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, SLICE, BIAS, False, False, PRECISION,
         )  # fmt: skip
     for start in tl.range(full_end, end, BLOCK_TAIL, num_stages=1):
         grad_query = _add_key_block(
-            grad_query, query, grad_output, lse, delta, key_base, key_stride, value_base, value_stride, bias_base,
-            bias_strides, rows, start, seqlen_q, seqlen_k, scale_log2, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
-            BLOCK_TAIL, BIAS, IS_CAUSAL, True, PRECISION,
+            grad_query, query_base, query_stride, query, grad_base, grad_stride, grad_output, lse, delta, key_base,
+            key_stride, value_base, value_stride, bias_base, bias_strides, first_row, start, seqlen_q, seqlen_k,
+            scale_log2, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_TAIL, SLICE, BIAS, IS_CAUSAL, True, PRECISION,
         )  # fmt: skip
 
     grad_query_base = grad_query_ptr + batch * grad_query_strides[0] + head * grad_query_strides[1]
@@ -286,6 +320,6 @@ def _launch_grad_query(
         grad_output.stride()[:3], query.stride()[:3], key.stride()[:3], value.stride()[:3], bias_strides,
         grad_query.stride()[:3], num_heads, seqlen_q, seqlen_k, scale, scale * LOG2_E.value,
         head_dim, head_dim_v, block_d, block_dv, config.block_m, config.block_n,
-        config.block_n if is_causal else configs.tail_block(seqlen_k, config.block_n), bias_kind, is_causal,
-        configs.dot_precision(query), num_warps=config.num_warps, num_stages=config.num_stages,
+        config.block_n if is_causal else configs.tail_block(seqlen_k, config.block_n), config.block_k,
+        bias_kind, is_causal, configs.dot_precision(query), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

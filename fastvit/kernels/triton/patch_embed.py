@@ -175,6 +175,11 @@ class PatchLayout(NamedTuple):
             return cls(1, patch_height, patch_width * channels, (batch, 0, row, 1), True)
         return cls(channels, patch_height, patch_width, (batch, channel, row, column), False)
 
+    @property
+    def is_aligned(self) -> bool:
+        """Whether every 16 elements of a run lie together, from an address divisible by 16: loads are vectors then."""
+        return self.strides[3] == 1 and all(step % 16 == 0 for step in (self.run, *self.strides[:3]))
+
     def pack_weight(self, weight: Tensor) -> Tensor:
         """Return the weight [D, C, Ph, Pw] in the order of K: itself, or a copy of its few megabytes."""
         return weight.permute(0, 2, 3, 1).contiguous() if self.channels_last else weight.contiguous()
@@ -187,8 +192,10 @@ class PatchLayout(NamedTuple):
         return packed.view(shape)
 
 
-def _config(kernel: str, tensor: Tensor) -> configs.Config:
-    return configs.patch_embed_config(kernel, tensor.element_size(), configs.device_family(tensor.device))
+def _config(kernel: str, layout: PatchLayout, weight: Tensor) -> configs.Config:
+    family = configs.device_family(weight.device)
+    config = configs.patch_embed_config(kernel, weight.element_size(), layout.is_aligned, family)
+    return config.fitted(n=weight.shape[0], k=weight[0].numel())
 
 
 def patch_embed_forward(images: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor) -> None:
@@ -201,7 +208,7 @@ def patch_embed_forward(images: Tensor, weight: Tensor, bias: Tensor | None, out
     layout = PatchLayout.of(images, patch_height, patch_width)
     grid_height, grid_width = images.shape[2] // patch_height, images.shape[3] // patch_width
     num_tokens = images.shape[0] * grid_height * grid_width
-    config = _config("patch_embed_forward", images).fitted(n=embed_dim, k=weight[0].numel())
+    config = _config("patch_embed_forward", layout, weight)
     with torch.cuda.device_of(images):
         forward_kernel[configs.grid(-(-embed_dim // config.block_n), num_tokens, config.block_m)](
             images, layout.pack_weight(weight), bias, output, layout.strides, output.stride()[:2],
@@ -222,7 +229,7 @@ def patch_embed_backward_weight(
     layout = PatchLayout.of(images, patch_height, patch_width)
     grid_height, grid_width = images.shape[2] // patch_height, images.shape[3] // patch_width
     num_tokens, patch = images.shape[0] * grid_height * grid_width, grad_weight[0].numel()
-    config = _config("patch_embed_backward_weight", images).fitted(n=embed_dim, k=patch)
+    config = _config("patch_embed_backward_weight", layout, grad_weight)
     tiles = -(-embed_dim // config.block_n) * -(-patch // config.block_k)
     tokens_per_split = configs.tokens_per_split(num_tokens, tiles, config.block_m)
     splits = -(-num_tokens // tokens_per_split)
@@ -245,7 +252,7 @@ def patch_embed_backward_images(grad_output: Tensor, weight: Tensor, grad_images
     layout = PatchLayout.of(grad_images, patch_height, patch_width)
     grid_height, grid_width = grad_images.shape[2] // patch_height, grad_images.shape[3] // patch_width
     num_tokens, patch = grad_images.shape[0] * grid_height * grid_width, weight[0].numel()
-    config = _config("patch_embed_backward_images", weight).fitted(n=embed_dim, k=patch)
+    config = _config("patch_embed_backward_images", layout, weight)
     with torch.cuda.device_of(weight):
         backward_images_kernel[configs.grid(-(-patch // config.block_k), num_tokens, config.block_m)](
             grad_output, layout.pack_weight(weight), grad_images, grad_output.stride()[:2], layout.strides,

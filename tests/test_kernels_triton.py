@@ -1,0 +1,443 @@
+"""The Triton kernels, executed by Triton's interpreter, against float64; needs TRITON_INTERPRET=1 before triton."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastvit.kernels import triton as kernels
+from fastvit.kernels.spec import AttentionSpec, PatchEmbedSpec
+from fastvit.kernels.triton import configs
+from fastvit.testing import assert_close
+
+triton = pytest.importorskip("triton")
+if not triton.knobs.runtime.interpret:
+    pytest.skip("triton was imported before TRITON_INTERPRET was set", allow_module_level=True)
+
+# numpy warns where the hardware does not: inf - inf and all-NaN maxima are part of what is tested.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+NAN = float("nan")
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def poisoned(tensor: Tensor) -> Tensor:
+    return torch.full_like(tensor, NAN)
+
+
+def plain_scores(query: Tensor, key: Tensor, bias: Tensor | None, is_causal: bool, scale: float) -> Tensor:
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    scores = query.to(wide) @ key.to(wide).mT * scale
+    if bias is not None:
+        scores = scores.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else scores + bias
+    if is_causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
+    return scores
+
+
+def torch_attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """PyTorch's own attention and the LSE; in float64 this is the truth."""
+    mask = bias if bias is None or bias.dtype == torch.bool else bias.to(query.dtype)
+    if is_causal and mask is not None:
+        later = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).triu(1)
+        mask = mask & ~later if mask.dtype == torch.bool else mask.masked_fill(later, -torch.inf)
+    output = F.scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal and mask is None, scale=scale)
+    return output, torch.logsumexp(plain_scores(query, key, bias, is_causal, scale), dim=-1)
+
+
+def torch_results(arguments: dict, dtype: torch.dtype | None = None) -> list[Tensor]:
+    """Output, LSE and the three gradients by PyTorch, in ``dtype`` or in that of the arguments."""
+
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        return tensor if tensor is None or dtype is None or tensor.dtype == torch.bool else tensor.to(dtype)
+
+    leaves = [cast(arguments[name]).detach().clone().requires_grad_() for name in ("query", "key", "value")]
+    output, lse = torch_attention(*leaves, cast(arguments["bias"]), arguments["is_causal"], arguments["scale"])
+    grads = [cast(arguments["grad_output"])]
+    outputs = [output]
+    if arguments["grad_lse"] is not None:
+        outputs, grads = [output, lse], [*grads, cast(arguments["grad_lse"])]
+    return [output.detach(), lse.detach(), *torch.autograd.grad(outputs, leaves, grads)]
+
+
+def kernel_results(arguments: dict) -> list[Tensor]:
+    """Output, LSE and the three gradients by the kernels, into memory full of NaN."""
+    query, key, value, bias = (arguments[name] for name in ("query", "key", "value", "bias"))
+    batch, heads, seqlen, _ = query.shape
+    output = torch.full((batch, seqlen, heads, value.shape[3]), NAN, dtype=query.dtype).transpose(1, 2)
+    lse = torch.full((batch, heads, seqlen), NAN)
+    options = {"is_causal": arguments["is_causal"], "scale": arguments["scale"]}
+    kernels.attention_forward(query, key, value, bias, output, lse, **options)
+    grads = [poisoned(tensor) for tensor in (query, key, value)]
+    kernels.attention_backward(
+        arguments["grad_output"], arguments["grad_lse"], query, key, value, bias, output, lse, *grads, **options
+    )
+    return [output, lse, *grads]
+
+
+def arguments_for(
+    seqlen_q: int, seqlen_k: int, head_dim: int, head_dim_v: int, dtype: torch.dtype, *, batch: int = 2, heads: int = 2,
+    bias: Tensor | None = None, is_causal: bool = False, scale: float | None = None, sharpness: float = 2.0,
+    grad_lse: bool = True,
+) -> dict:  # fmt: skip
+    return {
+        "query": normal(batch, heads, seqlen_q, head_dim, dtype=dtype, seed=1) * sharpness,
+        "key": normal(batch, heads, seqlen_k, head_dim, dtype=dtype, seed=2),
+        "value": normal(batch, heads, seqlen_k, head_dim_v, dtype=dtype, seed=3),
+        "grad_output": normal(batch, heads, seqlen_q, head_dim_v, dtype=dtype, seed=4),
+        "grad_lse": normal(batch, heads, seqlen_q, seed=5) if grad_lse else None,
+        "bias": None if bias is None else bias.expand(batch, heads, seqlen_q, seqlen_k),
+        "is_causal": is_causal,
+        "scale": head_dim**-0.5 if scale is None else scale,
+    }
+
+
+def check(arguments: dict) -> None:
+    results = kernel_results(arguments), torch_results(arguments, torch.float64), torch_results(arguments)
+    for name, actual, expected, own in zip(("output", "lse", "dQ", "dK", "dV"), *results, strict=True):
+        assert_close(actual, expected, own.to(actual.dtype), name)
+
+
+def bias_for(kind: str, seqlen_q: int, seqlen_k: int, dtype: torch.dtype) -> Tensor | None:
+    values = normal(2, 2, seqlen_q, seqlen_k, dtype=dtype, seed=6)
+    allowed = values > -0.5
+    allowed[0, 1, 0] = False
+    return {
+        "none": None,
+        "bool": allowed,
+        "key padding": allowed[:, :1, 1:2] if seqlen_q > 1 else allowed[:, :1],
+        "additive": values,
+        "float32": values.float(),
+        "per head": values[:1],
+        "masked rows": values.masked_fill(~allowed, -torch.inf),
+    }[kind]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("seqlen", [1, 7, 49, 50, 197, 257])
+def test_lengths(seqlen: int, dtype: torch.dtype) -> None:
+    check(arguments_for(seqlen, seqlen, 64, 64, dtype, batch=1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("head_dim", "head_dim_v"),
+    [(1, 1), (8, 8), (32, 32), (72, 72), (80, 80), (88, 88), (128, 128), (200, 200), (256, 256), (64, 40), (16, 130)],
+)
+def test_head_dims(head_dim: int, head_dim_v: int, dtype: torch.dtype) -> None:
+    check(arguments_for(50, 50, head_dim, head_dim_v, dtype, batch=1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(1, 65), (130, 7), (49, 100)])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_cross_and_causal(seqlen_q: int, seqlen_k: int, is_causal: bool, dtype: torch.dtype) -> None:
+    check(arguments_for(seqlen_q, seqlen_k, 32, 32, dtype, is_causal=is_causal))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_causal_over_several_blocks(dtype: torch.dtype) -> None:
+    check(arguments_for(197, 197, 64, 64, dtype, batch=1, heads=1, is_causal=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["bool", "key padding", "additive", "float32", "per head", "masked rows"])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_bias(kind: str, is_causal: bool, dtype: torch.dtype) -> None:
+    check(arguments_for(49, 71, 32, 32, dtype, bias=bias_for(kind, 49, 71, dtype), is_causal=is_causal))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sharp_logits(dtype: torch.dtype) -> None:
+    arguments = arguments_for(50, 50, 64, 64, dtype, batch=1, sharpness=30.0)
+    assert plain_scores(arguments["query"], arguments["key"], None, False, 0.125).abs().max() > 100
+    check(arguments)
+
+
+@pytest.mark.parametrize("scale", [-0.7, 0.0, 1e-36, 3.0])
+def test_any_scale(scale: float) -> None:
+    check(arguments_for(50, 70, 16, 16, torch.float32, batch=1, scale=scale))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_views(dtype: torch.dtype) -> None:
+    """Query, key, value and their gradients are views of [B, N, 3, H, D]; the output's gradient is one expanded row."""
+    arguments = arguments_for(50, 50, 64, 64, dtype)
+    packed = normal(2, 50, 3, 2, 64, dtype=dtype, seed=7)
+    arguments["query"], arguments["key"], arguments["value"] = packed.permute(2, 0, 3, 1, 4).unbind(0)
+    arguments["grad_output"] = normal(64, dtype=dtype, seed=8).expand(2, 2, 50, 64)
+    arguments["grad_lse"] = torch.ones(()).expand(2, 2, 50)
+    check(arguments)
+    output, lse = kernel_results(arguments)[:2]
+    grad_packed = poisoned(packed)
+    kernels.attention_backward(
+        arguments["grad_output"], arguments["grad_lse"], *packed.permute(2, 0, 3, 1, 4).unbind(0), None, output, lse,
+        *grad_packed.permute(2, 0, 3, 1, 4).unbind(0), is_causal=False, scale=0.125,
+    )  # fmt: skip
+    separate = torch.stack(kernel_results(arguments)[2:]).permute(1, 3, 0, 2, 4)
+    assert torch.equal(grad_packed, separate)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fully_masked_rows(dtype: torch.dtype) -> None:
+    bias = torch.ones(1, 1, 70, 70, dtype=torch.bool)
+    bias[:, :, [0, 5, 69]] = False
+    arguments = arguments_for(70, 70, 32, 32, dtype, bias=bias)
+    # What flows into an LSE of -inf must not reach anything.
+    arguments["grad_lse"][:, :, [0, 5, 69]] = NAN
+    output, lse, grad_query, grad_key, grad_value = kernel_results(arguments)
+    for masked in (0, 5, 69):
+        assert (output[:, :, masked] == 0).all()
+        assert (lse[:, :, masked] == -torch.inf).all()
+        assert (grad_query[:, :, masked] == 0).all()
+    assert grad_key.isfinite().all() and grad_value.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [NAN, float("inf"), float("-inf")])
+@pytest.mark.parametrize("where", ["query", "key", "value"])
+def test_not_finite_inputs_reach_the_output_as_in_torch(where: str, bad: float, dtype: torch.dtype) -> None:
+    arguments = arguments_for(50, 70, 32, 32, dtype, batch=1, grad_lse=False)
+    arguments[where][0, 1, 3, 2] = bad
+    output = kernel_results(arguments)[0]
+    exact, own = torch_results(arguments, torch.float64)[0], torch_results(arguments)[0]
+    assert_close(output[0, 0], exact[0, 0], own[0, 0], "untouched head")
+    assert torch.equal(output.isnan(), exact.isnan())
+    if where == "query" and bad != bad:
+        assert output[0, 1, 3].isnan().all()
+
+
+def test_row_of_nan_scores_is_not_taken_for_a_masked_row() -> None:
+    arguments = arguments_for(20, 20, 16, 16, torch.float32, bias=torch.full((1, 1, 20, 20), NAN))
+    output, lse, *grads = kernel_results(arguments)
+    assert all(tensor.isnan().all() for tensor in (output, lse, *grads))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_runs_are_identical(dtype: torch.dtype) -> None:
+    arguments = arguments_for(130, 70, 64, 64, dtype, bias=bias_for("additive", 130, 70, dtype))
+    for first, second in zip(kernel_results(arguments), kernel_results(arguments), strict=True):
+        assert torch.equal(first, second)
+
+
+def lazy_buffer(elements: int, dtype: torch.dtype) -> Tensor:
+    """Zeros whose pages exist only where they are touched."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    return torch.frombuffer(mmap.mmap(-1, elements * dtype.itemsize, flags=flags), dtype=dtype)
+
+
+@pytest.fixture
+def no_copy_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the interpreter from copying each storage onto itself after a launch: that would touch every page."""
+    executor = sys.modules["triton.runtime.interpreter"].GridExecutor
+    monkeypatch.setattr(executor, "_restore_args_dev", lambda *_: None)
+
+
+@pytest.mark.usefixtures("no_copy_back")
+@pytest.mark.parametrize(
+    "strides",
+    [(2**31 + 64, 1024, 16, 1), (64, 2**31 + 128, 16, 1), (4096, 2048, 2**30 + 16, 1)],
+    ids=["batch", "head", "row"],
+)
+def test_attention_past_two_billion_elements(strides: tuple[int, ...]) -> None:
+    shape = (2, 2, 3, 16)
+    elements = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1
+    arguments = arguments_for(3, 3, 16, 16, torch.float16)
+    far = {}
+    for name in ("query", "key", "value", "grad_output"):
+        far[name] = lazy_buffer(elements, torch.float16).as_strided(shape, strides)
+        far[name].copy_(arguments[name])
+    outputs = [lazy_buffer(elements, torch.float16).as_strided(shape, strides).fill_(NAN) for _ in range(4)]
+    lse = torch.full((2, 2, 3), NAN)
+    options = {"is_causal": False, "scale": 0.25}
+    inputs = [far[name] for name in ("query", "key", "value")]
+    kernels.attention_forward(*inputs, None, outputs[0], lse, **options)
+    kernels.attention_backward(
+        far["grad_output"], arguments["grad_lse"], *inputs, None, outputs[0], lse, *outputs[1:], **options
+    )
+    near = kernel_results(arguments)
+    for actual, expected in zip((outputs[0], lse, *outputs[1:]), near, strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.usefixtures("no_copy_back")
+@pytest.mark.parametrize("strides", [(2**31 + 64, 64, 8, 1), (192, 2**30 + 32, 8, 1)], ids=["batch", "channel"])
+def test_patch_embed_past_two_billion_elements(strides: tuple[int, ...]) -> None:
+    shape = (2, 3, 8, 8)
+    elements = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1
+    near = normal(*shape, dtype=torch.float16, seed=1)
+    far = lazy_buffer(elements, torch.float16).as_strided(shape, strides)
+    far.copy_(near)
+    weight, grad_output = normal(24, 3, 4, 4, dtype=torch.float16, seed=2), normal(2, 4, 24, dtype=torch.float16, seed=3)
+    results = []
+    for images in (near, far):
+        output, grad_weight = torch.full((2, 4, 24), NAN, dtype=torch.float16), poisoned(weight)
+        kernels.patch_embed_forward(images, weight, None, output)
+        kernels.patch_embed_backward_weight(grad_output, images, grad_weight, None)
+        grad_images = lazy_buffer(elements, torch.float16).as_strided(shape, strides).fill_(NAN)
+        kernels.patch_embed_backward_images(grad_output, weight, grad_images if images is far else images)
+        results.append((output, grad_weight, grad_images if images is far else images))
+    assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
+
+
+PATCH_CASES = [
+    # channels, grid, patch, embed_dim
+    (3, (3, 5), (4, 4), 48),
+    (3, (2, 3), (8, 8), 130),
+    (3, (3, 2), (14, 14), 64),
+    (3, (2, 2), (16, 16), 192),
+    (1, (1, 2), (32, 32), 40),
+    (3, (2, 3), (14, 16), 17),
+    (5, (13, 11), (2, 1), 1),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["nchw", "channels_last", "slice"])
+@pytest.mark.parametrize("case", PATCH_CASES, ids=lambda case: "x".join(map(str, case[2])))
+def test_patch_embed(case: tuple, layout: str, dtype: torch.dtype) -> None:
+    channels, (rows, columns), (height, width), embed_dim = case
+    images = normal(2, channels, rows * height, columns * width, dtype=dtype, seed=1)
+    if layout == "channels_last":
+        images = images.contiguous(memory_format=torch.channels_last)
+    elif layout == "slice":
+        # Three of four interleaved channels, every other row: no stride follows from another.
+        images = normal(2, 2 * rows * height, columns * width, channels + 1, dtype=dtype, seed=1)
+        images = images[:, ::2, :, :channels].permute(0, 3, 1, 2)
+    weight = normal(embed_dim, channels, height, width, dtype=dtype, seed=2) * (channels * height * width) ** -0.5
+    bias = normal(embed_dim, dtype=dtype, seed=3) if layout != "slice" else None
+    grad_output = normal(2, rows * columns, embed_dim, dtype=dtype, seed=4)
+
+    def by_torch(kind: torch.dtype) -> list[Tensor]:
+        leaves = [tensor.detach().to(kind).requires_grad_() for tensor in (images, weight, bias) if tensor is not None]
+        convolved = F.conv2d(leaves[0], leaves[1], leaves[2] if len(leaves) > 2 else None, stride=(height, width))
+        output = convolved.flatten(2).transpose(1, 2)
+        return [output.detach(), *torch.autograd.grad(output, leaves, grad_output.to(kind))]
+
+    # The output leaves room for prefix tokens, as a model's buffer does.
+    output = torch.full((2, rows * columns + 1, embed_dim), NAN, dtype=dtype)[:, 1:]
+    grads = [poisoned(images), poisoned(weight), None if bias is None else poisoned(bias)]
+    kernels.patch_embed_forward(images, weight, bias, output)
+    kernels.patch_embed_backward_images(grad_output, weight, grads[0])
+    kernels.patch_embed_backward_weight(grad_output, images, grads[1], grads[2])
+    actual = [output, *(grad for grad in grads if grad is not None)]
+    for name, ours, exact, own in zip(
+        ("output", "dX", "dW", "db"), actual, by_torch(torch.float64), by_torch(dtype), strict=False
+    ):
+        assert_close(ours, exact, own, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weight_gradient_is_split_and_deterministic(dtype: torch.dtype) -> None:
+    """800 tokens are summed in several spans, and an expanded gradient has a stride of 0."""
+    images = normal(2, 3, 80, 80, dtype=dtype, seed=1)
+    grad_output = normal(32, dtype=dtype, seed=2).expand(2, 400, 32)
+    assert configs.tokens_per_split(800, 1, 64) < 800
+    runs = []
+    for _ in range(2):
+        grad_weight, grad_bias = torch.full((32, 3, 4, 4), NAN, dtype=dtype), torch.full((32,), NAN, dtype=dtype)
+        kernels.patch_embed_backward_weight(grad_output, images, grad_weight, grad_bias)
+        runs.append((grad_weight, grad_bias))
+    assert torch.equal(runs[0][0], runs[1][0]) and torch.equal(runs[0][1], runs[1][1])
+    results = []
+    for kind in (torch.float64, dtype):
+        weight = torch.zeros(32, 3, 4, 4, dtype=kind, requires_grad=True)
+        output = F.conv2d(images.to(kind), weight, stride=4).flatten(2).transpose(1, 2)
+        results.append(torch.autograd.grad(output, weight, grad_output.to(kind))[0])
+    assert_close(runs[0][0], *results, "dW")
+
+
+def test_grid_is_one_dimensional_past_65535_heads() -> None:
+    assert configs.grid(70_000, 49, 64) == (70_000,)
+    assert configs.grid(70_000, 197, 128) == (140_000,)
+    with pytest.raises(ValueError, match="programs"):
+        configs.grid(2**31, 1, 64)
+
+
+def test_programs_past_65535_heads_find_their_head() -> None:
+    """Only the last programs of a launch with 70,000 heads run: the interpreter would need an hour for all."""
+    from fastvit.kernels.triton import attention_fwd
+
+    executor = sys.modules["triton.runtime.interpreter"].GridExecutor
+    heads, first = 70_000, 69_997
+    query = normal(1, heads, 1, 16, seed=1)
+    output, lse = poisoned(query), torch.full((1, heads, 1), NAN)
+    original: Callable = executor.__call__
+
+    def last_programs(self: object, *arguments: object, **options: object) -> None:
+        builder = sys.modules["triton.runtime.interpreter"].interpreter_builder
+        set_index = builder.set_grid_idx
+        self.grid = (self.grid[0] - first,)
+        builder.set_grid_idx = lambda x, y, z: set_index(x + first, y, z)
+        try:
+            builder.set_grid_dim, set_dim = (lambda *_: set_dim(heads, 1, 1)), builder.set_grid_dim
+            original(self, *arguments, **options)
+        finally:
+            builder.set_grid_idx, builder.set_grid_dim = set_index, set_dim
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(executor, "__call__", last_programs)
+        attention_fwd.attention_forward(query, query, query, None, output, lse, is_causal=False, scale=0.25)
+    assert torch.equal(output[:, first:], query[:, first:])
+    assert output[:, :first].isnan().all()
+
+
+@pytest.mark.parametrize(("seqlen", "tail"), [(64, 16), (65, 16), (197, 16), (90, 32), (49, 64), (127, 64)])
+def test_tail_blocks_fit_what_is_left(seqlen: int, tail: int) -> None:
+    assert configs.tail_block(seqlen, 64) == tail
+
+
+def spec(**changes: object) -> AttentionSpec:
+    values = AttentionSpec(1, 1, 4, 4, 64, 64, torch.float32, None, False, torch.device("cpu"))
+    return values._replace(**changes)
+
+
+def test_why_not_names_what_does_not_fit() -> None:
+    assert kernels.attention_why_not(spec()) == []
+    assert "dtype torch.float64" in kernels.attention_why_not(spec(dtype=torch.float64))[0]
+    assert "head_dim_v 300: at least 1, at most 256" in kernels.attention_why_not(spec(head_dim_v=300))
+    assert "device meta" in kernels.attention_why_not(spec(device=torch.device("meta")))[0]
+    patch_spec = PatchEmbedSpec(1, 3, 32, 32, 16, 16, 64, torch.float64, torch.device("cpu"))
+    assert "dtype torch.float64" in kernels.patch_embed_why_not(patch_spec)[0]
+    assert kernels.patch_embed_why_not(patch_spec._replace(dtype=torch.bfloat16)) == []
+
+
+def in_clean_python(code: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = str(Path(__file__).resolve().parents[1])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    return run.stdout.strip()
+
+
+def test_without_the_interpreter_a_cpu_tensor_is_refused() -> None:
+    code = (
+        "import torch; from fastvit.kernels import triton; from fastvit.kernels.spec import AttentionSpec;"
+        "print(triton.attention_why_not("
+        "AttentionSpec(1, 1, 4, 4, 64, 64, torch.float32, None, False, torch.device('cpu'))))"
+    )
+    assert "TRITON_INTERPRET=1" in in_clean_python(code)
+
+
+def test_triton_is_imported_at_first_use_and_its_absence_is_named() -> None:
+    code = (
+        "import sys, fastvit, fastvit.kernels.triton as kernels; assert 'triton' not in sys.modules;"
+        "sys.modules['triton'] = None; print(kernels.import_error())"
+    )
+    assert "triton cannot be imported" in in_clean_python(code)
