@@ -65,7 +65,8 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         compiler = shutil.which(os.environ.get("CXX", "c++"))
         if compiler is None:
-            print(f"warning: no C++ compiler (CXX={os.environ.get('CXX', 'c++')}): fastvit._C is not built", file=sys.stderr)
+            named = os.environ.get("CXX", "c++")
+            print(f"warning: no C++ compiler (CXX={named}): fastvit._C is not built", file=sys.stderr)
             return
         build, target = Path(self.build_temp).resolve(), Path(self.get_ext_fullpath(ext.name)).resolve()
         build.mkdir(parents=True, exist_ok=True)
@@ -78,30 +79,38 @@ class BuildNative(build_ext):
 
 def write_ninja(ninja: Writer, compiler: str, target: Path) -> None:
     """Describe the build: one object per source, the kernels once per instruction set."""
-    torch = Path(importlib.util.find_spec("torch").origin).parent
+    torch_spec = importlib.util.find_spec("torch")
+    if torch_spec is None or torch_spec.origin is None:
+        sys.exit("torch is not installed; its headers are needed to build fastvit._C")
+    torch = Path(torch_spec.origin).parent
     includes = f"-isystem {torch}/include -isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
     nvcc = find_nvcc()
     cuda_sources = sorted(ROOT.glob("csrc/cuda/*.cu")) if nvcc else []
     architectures = cuda_architectures() if cuda_sources else []
-    gencode = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in architectures)
-    defines = f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION} -DFASTVIT_CUDA_ARCHITECTURES='\"{' '.join(architectures)}\"'"
+    defines = f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"
+    defines += f" -DFASTVIT_CUDA_ARCHITECTURES='\"{' '.join(architectures)}\"'"
     defines += "".join(f" -DFASTVIT_BUILT_{name.upper()}" for name in INSTRUCTION_SETS)
     flags = f"-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra {os.environ.get('CXXFLAGS', '')}"
-    ninja.rule("cxx", f"{compiler} -MMD -MF $out.d {flags} {defines} {includes} $more -c $in -o $out", depfile="$out.d", deps="gcc")
+    depends = {"depfile": "$out.d", "deps": "gcc"}
+    ninja.rule("cxx", f"{compiler} -MMD -MF $out.d {flags} {defines} {includes} $more -c $in -o $out", **depends)
+    per_set = ROOT / "csrc/cpu/kernels.cpp"
     objects = []
-    for source in sorted([*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/ops/*.cpp"), ROOT / "csrc/cpu/capability.cpp", ROOT / "csrc/cpu/scratch.cpp"]):
-        objects += ninja.build(f"{source.parent.name}_{source.stem}.o", "cxx", str(source))
+    for source in sorted(ROOT.glob("csrc/**/*.cpp")):
+        if source != per_set:
+            objects += ninja.build([f"{source.parent.name}_{source.stem}.o"], "cxx", [str(source)])
     for name, options in INSTRUCTION_SETS.items():
-        more = f"-DFASTVIT_CAPABILITY={name} {options}"
-        objects += ninja.build(f"kernels_{name}.o", "cxx", str(ROOT / "csrc/cpu/kernels.cpp"), variables={"more": more})
+        more = {"more": f"-DFASTVIT_CAPABILITY={name} {options}"}
+        objects += ninja.build([f"kernels_{name}.o"], "cxx", [str(per_set)], variables=more)
     libraries = f"-L{torch}/lib -ltorch_cpu"
-    if cuda_sources:
-        ninja.rule("nvcc", f"{nvcc} -std=c++20 -O3 -Xcompiler -fPIC {gencode} -DUSE_CUDA -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
-        objects += [ninja.build(f"cuda_{source.stem}.o", "nvcc", str(source))[0] for source in cuda_sources]
+    if nvcc and cuda_sources:
+        gencode = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in architectures)
+        ninja.rule("nvcc", f"{nvcc} -std=c++20 -O3 -Xcompiler -fPIC {gencode} -MD -MF $out.d -c $in -o $out", **depends)
+        for source in cuda_sources:
+            objects += ninja.build([f"cuda_{source.stem}.o"], "nvcc", [str(source)])
         libraries += f" -L{cuda_root(nvcc)}/lib64 -lcudart"
     ninja.rule("link", f"{compiler} -shared $in -o $out {libraries}")
-    ninja.build(str(target), "link", objects)
-    ninja.default(str(target))
+    ninja.build([str(target)], "link", objects)
+    ninja.default([str(target)])
 
 
 setup(ext_modules=[Extension("fastvit._C", sources=[])], cmdclass={"build_ext": BuildNative})

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from fastvit.ops import attention, attention_qkvpacked, backend, patch_embed, scaled_dot_product_attention
+from fastvit.swap import SwapReport, swap, unswap
 from fastvit.version import __version__
 
 __all__ = [
+    "SwapReport",
     "__version__",
     "attention",
     "attention_qkvpacked",
     "backend",
     "patch_embed",
     "scaled_dot_product_attention",
+    "swap",
+    "unswap",
 ]

@@ -11,10 +11,12 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import cast
 
 from torch import nn
 
-from fastvit.adapters import registered
+from fastvit.adapters import SwapTable, registered
+from fastvit.kernels.spec import AttentionSpec, PatchEmbedSpec, Spec
 from fastvit.modules.fused import ADDED_ATTRIBUTES, FusedForward
 from fastvit.ops.backends import AUTOMATIC_ORDER, BACKENDS, automatic_order, check_backend_name, requested_backend
 
@@ -22,6 +24,8 @@ FUSED, ALREADY_FUSED, LEFT_ALONE, RESTORED = "fused", "already fused", "left alo
 
 # What a person would call an attention layer or a patch embedding by its class name.
 LOOKS_LIKE_ONE = re.compile(r"attention|attn|patch_?embed|hybrid_?embed", re.IGNORECASE)
+# Modules whose names differ in such a number only share a line of the table.
+NUMBER = re.compile(r"(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])")
 # A patch embedding without a module of its own is a convolution that steps by its kernel; 2×2 ones shrink feature maps.
 SMALLEST_PATCH = 4
 
@@ -92,7 +96,7 @@ def swap(model: nn.Module, *, backend: str | None = None, strict: bool = False) 
     check_backend_name(backend)
     table = registered()
     plan = list(_plan(model, table, backend))
-    report = SwapReport(tuple(row for _, row in plan), _remarks(model, backend, plan))
+    report = SwapReport(tuple(row for _, row in plan), _remarks(backend, plan))
     if strict and report.left_alone:
         raise ValueError(f"strict: got True, and not everything can be swapped; nothing was changed\n{report}")
     for module, row in plan:
@@ -127,9 +131,7 @@ def _check_model(model: object) -> None:
         raise TypeError(f"model: got {type(model).__name__}; accepted is a torch.nn.Module")
 
 
-def _plan(
-    model: nn.Module, table: dict[type[nn.Module], type[nn.Module]], backend: str | None
-) -> Iterator[tuple[nn.Module, SwapRow]]:
+def _plan(model: nn.Module, table: SwapTable, backend: str | None) -> Iterator[tuple[nn.Module, SwapRow]]:
     originals = {fused: original for original, fused in table.items()}
     shown = backend or "automatic"
     handled: set[int] = set()
@@ -154,7 +156,7 @@ def _plan(
         yield module, row
 
 
-def _why_left_alone(module: nn.Module, table: dict[type[nn.Module], type[nn.Module]]) -> str | None:
+def _why_left_alone(module: nn.Module, table: SwapTable) -> str | None:
     kind = type(module)
     if base := next((original for original in kind.__mro__ if original in table), None):
         return f"a subclass of {base.__name__} that may compute something else; only that exact class is swapped"
@@ -171,7 +173,7 @@ def _why_left_alone(module: nn.Module, table: dict[type[nn.Module], type[nn.Modu
     return f"no fused version of {kind.__module__}.{kind.__qualname__}"
 
 
-def _is_a_layer(module: nn.Module, table: dict[type[nn.Module], type[nn.Module]]) -> bool:
+def _is_a_layer(module: nn.Module, table: SwapTable) -> bool:
     named_so = hasattr(module, "fused_attn") or bool(LOOKS_LIKE_ONE.search(type(module).__name__))
     return named_so or isinstance(module, (FusedForward, *table))
 
@@ -182,38 +184,57 @@ def _set_backend(module: nn.Module, backend: str | None) -> None:
         module.__dict__["_fastvit_backend"] = backend
 
 
-def _remarks(model: nn.Module, backend: str | None, plan: list[tuple[nn.Module, SwapRow]]) -> tuple[str, ...]:
-    if not any(row.action in (FUSED, ALREADY_FUSED) for _, row in plan):
+def _remarks(backend: str | None, plan: list[tuple[nn.Module, SwapRow]]) -> tuple[str, ...]:
+    fused = [module for module, row in plan if row.action in (FUSED, ALREADY_FUSED)]
+    if not fused:
         return ()
     if asked := requested_backend(backend):
         return (f"backend: {asked}: {BACKENDS[asked].description}",)
-    own = {parameter.device.type for parameter in model.parameters()}
-    return tuple(
-        f"{device_type}: automatic order {', then '.join(place.backend for place in automatic_order(device_type))}"
-        for device_type in sorted(own | set(AUTOMATIC_ORDER))
-    )
+    picked: dict[str, set[str]] = {}
+    for spec in {spec for module in fused if (spec := _typical_spec(module))}:
+        places = (place.backend for place in automatic_order(spec.device.type))
+        pick = next((name for name in places if not BACKENDS[name].why_not(spec)), "none")
+        picked.setdefault(spec.device.type, set()).add(pick)
+    here = [f"{device}: the automatic order picks {' and '.join(sorted(names))}" for device, names in picked.items()]
+    elsewhere = [
+        f"{device}: automatic order {', then '.join(place.backend for place in automatic_order(device))}"
+        for device in AUTOMATIC_ORDER
+        if device not in picked
+    ]
+    return (*here, *elsewhere)
+
+
+def _typical_spec(module: nn.Module) -> Spec | None:
+    """Return a call of this module with one image of 14×14 patches, in the dtype and on the device of its weights."""
+    weight = next(module.parameters(), None)
+    if weight is None or weight.is_meta or not weight.is_floating_point():
+        return None
+    if isinstance(proj := getattr(module, "proj", None), nn.Conv2d):
+        rows, columns = (int(side) for side in proj.kernel_size)
+        size = (14 * rows, 14 * columns, rows, columns)
+        return PatchEmbedSpec(1, proj.in_channels, *size, proj.out_channels, weight.dtype, weight.device)
+    if not (hasattr(module, "num_heads") and hasattr(module, "head_dim")):
+        return None
+    heads, head_dim = cast(int, module.num_heads), cast(int, module.head_dim)
+    return AttentionSpec(1, heads, 197, 197, head_dim, head_dim, weight.dtype, None, False, weight.device)
 
 
 def _groups(rows: tuple[SwapRow, ...]) -> dict[tuple[str, str, str, str, str], list[str]]:
     groups: dict[tuple[str, str, str, str, str], list[str]] = {}
     for row in rows:
-        pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", row.name)
-        key = (pattern, row.original_type, row.action, row.reason, row.backend)
+        key = (NUMBER.sub("*", row.name), row.original_type, row.action, row.reason, row.backend)
         groups.setdefault(key, []).append(row.name)
     return groups
 
 
 def _ranges(pattern: str, names: list[str]) -> str:
-    columns = zip(*(name.split(".") for name in names), strict=True)
-    parts = []
-    for part, column in zip(pattern.split("."), columns, strict=True):
-        if part != "*":
-            parts.append(part)
-            continue
+    columns = zip(*(NUMBER.findall(name) for name in names), strict=True)
+    for column in columns:
         numbers = sorted({int(number) for number in column})
         first, last = numbers[0], numbers[-1]
         if len(numbers) == last - first + 1:
-            parts.append(str(first) if first == last else f"{first}-{last}")
+            shown = str(first) if first == last else f"{first}-{last}"
         else:
-            parts.append(",".join(map(str, numbers)))
-    return ".".join(parts)
+            shown = ",".join(map(str, numbers))
+        pattern = pattern.replace("*", shown, 1)
+    return pattern

@@ -204,10 +204,7 @@ def check_attention(
         _run_attention(theirs, tensors, backward),
     )
     names = ("output", "lse", "grad_query", "grad_key", "grad_value")
-    return [
-        compare(actual, expected, own, name)
-        for name, actual, expected, own in zip(names, *results, strict=False)
-    ]
+    return [compare(actual, expected, own, name) for name, actual, expected, own in zip(names, *results, strict=False)]
 
 
 def _torch_mask(bias: Tensor | None, query: Tensor, key: Tensor, is_causal: bool) -> tuple[Tensor | None, bool]:
@@ -232,7 +229,8 @@ def _torch_lse(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool,
 def _run_attention(
     function: Callable[..., tuple[Tensor, Tensor]], tensors: dict[str, Tensor | None], backward: bool
 ) -> list[Tensor]:
-    leaves = [tensors[name].detach().requires_grad_(backward) for name in ("query", "key", "value")]
+    given = [tensors[name] for name in ("query", "key", "value")]
+    leaves = [tensor.detach().requires_grad_(backward) for tensor in given if tensor is not None]
     output, lse = function(*leaves, tensors["bias"])
     if not backward:
         return [output.detach(), lse.detach()]
@@ -310,9 +308,7 @@ def _run_patch_embed(
 
 def vit_attention_cases(dtypes: Sequence[torch.dtype]) -> list[AttentionCase]:
     """Return the attention shapes of real vision transformers, with the features that they use, for each dtype."""
-    plain = [
-        AttentionCase(batch=2, num_heads=3, seqlen_q=n, seqlen_k=n, sharpness=4.0, seed=n) for n in VIT_SEQLENS
-    ]
+    plain = [AttentionCase(batch=2, num_heads=3, seqlen_q=n, seqlen_k=n, sharpness=4.0, seed=n) for n in VIT_SEQLENS]
     other_dims = [
         AttentionCase(batch=1, num_heads=2, seqlen_q=257, seqlen_k=257, head_dim=d, head_dim_v=d, seed=d)
         for d in (32, 72, 80, 88, 128)

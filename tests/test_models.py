@@ -14,7 +14,7 @@ from fastvit.testing import compare
 
 timm = pytest.importorskip("timm")
 
-SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4, num_classes=5)
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 5}
 
 
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -75,7 +75,12 @@ def parameters(embed_dim: int, depth: int, patch: int, tokens: int, classes: int
 
 @pytest.mark.parametrize(
     ("variant", "exact", "paper"),
-    [("B/16", 86_567_656, 86e6), ("L/16", 304_326_632, 307e6), ("L/32", 306_535_400, 307e6), ("H/14", 632_045_800, 632e6)],
+    [
+        ("B/16", 86_567_656, 86e6),
+        ("L/16", 304_326_632, 307e6),
+        ("L/32", 306_535_400, 307e6),
+        ("H/14", 632_045_800, 632e6),
+    ],
 )
 def test_parameter_counts_are_the_papers(variant: str, exact: int, paper: float) -> None:
     with torch.device("meta"):
@@ -142,7 +147,9 @@ def test_fixed_positions_are_no_parameter_but_count() -> None:
 
 def test_initial_values() -> None:
     model = VisionTransformer(img_size=64, patch_size=8, embed_dim=128, depth=2, num_heads=2)
-    assert (model.head.weight == 0).all() and (model.head.bias == 0).all() and (model.cls_token == 0).all()
+    assert (model.head.weight == 0).all()
+    assert (model.head.bias == 0).all()
+    assert (model.cls_token == 0).all()
     assert model.pos_embed.std().item() == pytest.approx(0.02, rel=0.1)
     assert model.blocks[1].attn.qkv.weight.std().item() == pytest.approx(0.02, rel=0.1)
     assert model.patch_embed.proj.weight.std().item() == pytest.approx((3 * 64) ** -0.5, rel=0.1)
@@ -156,7 +163,8 @@ def test_options_shapes_and_dropout() -> None:
     assert model.blocks[0].mlp.fc1.weight.shape == (64, 32)
     assert model.patch_embed.num_patches == 30
     features = model.eval()(images.double())
-    assert features.shape == (2, 32) and features.dtype == torch.float64
+    assert features.shape == (2, 32)
+    assert features.dtype == torch.float64
     assert (features - model(images.double())).abs().max() == 0
     model.train()
     assert (model(images.double()) - features).abs().max() > 0.01
@@ -182,7 +190,7 @@ def test_bad_options_are_named(options: dict, name: str) -> None:
 def test_bad_images_and_variants_are_named() -> None:
     with pytest.raises(ValueError, match=r"^images: got shape \(1, 3, 32, 40\); accepted is \(batch, 3, 32, 32\)"):
         VisionTransformer(**SMALL)(torch.randn(1, 3, 32, 40))
-    with pytest.raises(ValueError, match="^variant: got 'B/64'.*'B/16'"):
+    with pytest.raises(ValueError, match=r"^variant: got 'B/64'.*'B/16'"):
         create("B/64")
 
 
@@ -240,9 +248,9 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(fault: str, message: str
 
 def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
     model = VisionTransformer(**SMALL)
-    with pytest.raises(FileNotFoundError, match="absent.pth"):
+    with pytest.raises(FileNotFoundError, match=r"absent.pth"):
         load_checkpoint(model, tmp_path / "absent.pth")
-    with pytest.raises(ValueError, match="accepted is a file"):
+    with pytest.raises(ValueError, match=r"accepted is a file"):
         load_checkpoint(model, tmp_path)
     for name in ("text.safetensors", "text.pth", "empty.pt", "text.npz"):
         (tmp_path / name).write_bytes(b"" if name.startswith("empty") else b"this is no checkpoint at all")
@@ -256,5 +264,5 @@ def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
 
 def test_a_checkpoint_with_code_is_refused(tmp_path: Path) -> None:
     torch.save(VisionTransformer(**SMALL), tmp_path / "whole.pth")
-    with pytest.raises(ValueError, match="whole.pth"):
+    with pytest.raises(ValueError, match=r"whole.pth"):
         load_checkpoint(VisionTransformer(**SMALL), tmp_path / "whole.pth")

@@ -94,7 +94,7 @@ def test_attention_is_timms(options: dict) -> None:
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("mask", ["bool", "additive", "causal", "heads"])
 def test_attention_masks_are_timms(mask: str, qk_norm: bool) -> None:
-    options = dict(dim=96, num_heads=3, qkv_bias=True, qk_norm=qk_norm, norm_layer=nn.LayerNorm)
+    options = {"dim": 96, "num_heads": 3, "qkv_bias": True, "qk_norm": qk_norm, "norm_layer": nn.LayerNorm}
     theirs = sharpened(layers.Attention(**options)).eval()
     bias = normal(2, 3, 37, 37, seed=4)
     call = {
@@ -110,41 +110,44 @@ def test_constructors_take_what_timms_take() -> None:
     for ours, theirs in ((Attention, layers.Attention), (PatchEmbed, layers.PatchEmbed)):
         mine, own = (inspect.signature(kind.__init__).parameters for kind in (ours, theirs))
         assert [(p.name, p.default) for p in mine.values()][:-1] == [(p.name, p.default) for p in own.values()]
-        assert list(mine)[-1] == "backend" and mine["backend"].kind is inspect.Parameter.KEYWORD_ONLY
+        assert list(mine)[-1] == "backend"
+        assert mine["backend"].kind is inspect.Parameter.KEYWORD_ONLY
     ours, theirs = Attention(48, 3, 24, attn_drop=0.2), layers.Attention(48, 3, 24, attn_drop=0.2)
     for name in ("num_heads", "head_dim", "attn_dim", "scale", "fused_attn"):
         assert getattr(ours, name) == getattr(theirs, name), name
     made = Attention(8, 2, device="meta", dtype=torch.bfloat16)
-    assert made.qkv.weight.is_meta and made.qkv.weight.dtype == torch.bfloat16
+    assert made.qkv.weight.is_meta
+    assert made.qkv.weight.dtype == torch.bfloat16
 
 
 def test_bad_arguments_are_named() -> None:
-    with pytest.raises(ValueError, match="^num_heads: got 7"):
+    with pytest.raises(ValueError, match=r"^num_heads: got 7"):
         Attention(96, 7)
-    with pytest.raises(ValueError, match="^norm_layer: got None"):
+    with pytest.raises(ValueError, match=r"^norm_layer: got None"):
         Attention(96, 3, qk_norm=True)
-    with pytest.raises(ValueError, match="^backend: got 'fast'"):
+    with pytest.raises(ValueError, match=r"^backend: got 'fast'"):
         Attention(96, 3, backend="fast")
-    with pytest.raises(ValueError, match="^backend: got 'fast'"):
+    with pytest.raises(ValueError, match=r"^backend: got 'fast'"):
         PatchEmbed(backend="fast")
-    with pytest.raises(ValueError, match="^output_fmt: got 'CHW'"):
+    with pytest.raises(ValueError, match=r"^output_fmt: got 'CHW'"):
         PatchEmbed(output_fmt="CHW")
-    with pytest.raises(ValueError, match="^patch_size: got"):
+    with pytest.raises(ValueError, match=r"^patch_size: got"):
         PatchEmbed(patch_size=(4, 4, 4))
 
 
 def test_backend_argument_is_obeyed() -> None:
     layer, embed = Attention(32, 2, backend="cuda"), PatchEmbed(32, 8, embed_dim=16, backend="cuda")
-    with pytest.raises(RuntimeError, match="backend 'cuda'"):
+    with pytest.raises(RuntimeError, match=r"backend 'cuda'"):
         layer(normal(1, 5, 32))
-    with pytest.raises(RuntimeError, match="backend 'cuda'"):
+    with pytest.raises(RuntimeError, match=r"backend 'cuda'"):
         embed(normal(1, 3, 32, 32))
     assert Attention(32, 2, backend="reference")(normal(1, 5, 32)).shape == (1, 5, 32)
-    assert "backend=cuda" in repr(layer) and "backend=automatic" in repr(PatchEmbed())
+    assert "backend=cuda" in repr(layer)
+    assert "backend=automatic" in repr(PatchEmbed())
 
 
 def test_dropout_in_training_is_torchs_and_says_so_once() -> None:
-    options = dict(dim=48, num_heads=3, attn_drop=0.5)
+    options = {"dim": 48, "num_heads": 3, "attn_drop": 0.5}
     theirs, ours = sharpened(layers.Attention(**options)), Attention(**options)
     ours.load_state_dict(theirs.state_dict())
     x = normal(2, 20, 48)
@@ -183,7 +186,8 @@ def test_what_has_no_kernel_runs_plain() -> None:
     ours.load_state_dict(theirs.state_dict())
     x, bias = normal(2, 20, 48), normal(20, 20).requires_grad_()
     grads = [torch.autograd.grad(module(x, attn_mask=bias).square().sum(), bias)[0] for module in (ours, theirs)]
-    assert torch.equal(*grads) and grads[0].abs().max() > 0
+    assert torch.equal(*grads)
+    assert grads[0].abs().max() > 0
     with pytest.raises(RuntimeError):
         theirs(x, attn_mask=bias, is_causal=True)
     with pytest.raises(RuntimeError):
@@ -205,7 +209,7 @@ def test_unfused_modules_keep_their_scale() -> None:
 
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_autocast(qk_norm: bool) -> None:
-    options = dict(dim=96, num_heads=3, qk_norm=qk_norm, norm_layer=nn.LayerNorm)
+    options = {"dim": 96, "num_heads": 3, "qk_norm": qk_norm, "norm_layer": nn.LayerNorm}
     theirs = sharpened(layers.Attention(**options)).eval()
     ours = Attention(**options).eval()
     ours.load_state_dict(theirs.state_dict())
@@ -221,7 +225,7 @@ def test_norms_in_float32_under_autocast_mix_dtypes() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x.float())
 
-    options = dict(dim=96, num_heads=3, qk_norm=True, norm_layer=Float32Norm)
+    options = {"dim": 96, "num_heads": 3, "qk_norm": True, "norm_layer": Float32Norm}
     theirs = sharpened(layers.Attention(**options)).eval()
     ours = Attention(**options).eval()
     ours.load_state_dict(theirs.state_dict())
@@ -298,9 +302,11 @@ def test_set_input_size_is_timms() -> None:
             module.set_input_size(**change)
         for name in ("img_size", "patch_size", "grid_size", "num_patches"):
             assert getattr(ours, name) == getattr(theirs, name), name
-        assert ours.feat_ratio() == theirs.feat_ratio() and ours.feat_ratio(False) == theirs.feat_ratio(False)
+        assert ours.feat_ratio() == theirs.feat_ratio()
+        assert ours.feat_ratio(False) == theirs.feat_ratio(False)
         torch.testing.assert_close(ours.proj.weight.data, theirs.proj.weight.data, rtol=1e-4, atol=1e-5)
-        assert not ours.proj.weight.requires_grad and ours.proj.bias.requires_grad
+        assert not ours.proj.weight.requires_grad
+        assert ours.proj.bias.requires_grad
         images = normal(1, 3, *ours.img_size)
         torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-4)
 
@@ -312,7 +318,7 @@ def _stride_two(proj: nn.Conv2d) -> None:
 @pytest.mark.filterwarnings("ignore:.*plain forward")
 @pytest.mark.parametrize("output_fmt", [None, "NHWC", "NCL", "NLC"])
 def test_a_changed_proj_is_called(output_fmt: str | None) -> None:
-    options = dict(img_size=32, patch_size=8, embed_dim=24, output_fmt=output_fmt)
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "output_fmt": output_fmt}
     images = normal(2, 3, 32, 32)
 
     def double(proj: nn.Conv2d) -> None:
@@ -353,7 +359,7 @@ def test_parametrized_weights_are_read_through() -> None:
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch14_dinov2"])
 def test_timm_builds_with_our_modules(name: str) -> None:
-    options = dict(depth=2, img_size=112)
+    options = {"depth": 2, "img_size": 112}
     stock = timm.create_model(name, **options).eval()
     ours = timm.create_model(
         name, attn_layer=fastvit.modules.Attention, embed_layer=fastvit.modules.PatchEmbed, **options
@@ -367,7 +373,7 @@ def test_timm_builds_with_our_modules(name: str) -> None:
 
 
 def test_dynamic_image_sizes_in_timm() -> None:
-    options = dict(depth=1, img_size=64, dynamic_img_size=True, dynamic_img_pad=True)
+    options = {"depth": 1, "img_size": 64, "dynamic_img_size": True, "dynamic_img_pad": True}
     stock = timm.create_model("vit_tiny_patch16_224", **options).eval()
     ours = timm.create_model("vit_tiny_patch16_224", attn_layer=Attention, embed_layer=PatchEmbed, **options).eval()
     ours.load_state_dict(stock.state_dict(), strict=True)

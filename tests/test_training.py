@@ -31,7 +31,7 @@ def small_vit(seed: int = 0) -> VisionTransformer:
     runs of torch itself then differ by 1e-3 after twenty steps, which would hide a fault of that size.
     """
     torch.manual_seed(seed)
-    options = dict(img_size=8, patch_size=2, in_chans=1, num_classes=10, global_pool="avg")
+    options = {"img_size": 8, "patch_size": 2, "in_chans": 1, "num_classes": 10, "global_pool": "avg"}
     return VisionTransformer(**options, embed_dim=64, depth=3, num_heads=4, mlp_ratio=2.0)
 
 
@@ -58,7 +58,9 @@ def test_twenty_steps_run_the_same_with_the_swap() -> None:
     exact, without, with_swap = train(copy.deepcopy(plain), torch.float64), train(plain), train(fused)
     torch_error = ((without - exact) / exact).abs().max().item()
     error = ((with_swap - exact) / exact).abs().max().item()
-    print(f"losses {with_swap[0]:.4f} to {with_swap[-1]:.4f}; relative error {error:.1e}, torch's own {torch_error:.1e}")
+    print(
+        f"losses {with_swap[0]:.4f} to {with_swap[-1]:.4f}; relative error {error:.1e}, torch's own {torch_error:.1e}"
+    )
     # Measured on this problem, torch's float32 is within 2e-7 of its float64 over the whole curve. 3e-6 leaves room for
     # another machine's order of sums; a key gradient that is wrong by one part in a thousand moves the curve by 1e-5.
     torch.testing.assert_close(with_swap, without, rtol=3e-6, atol=0)

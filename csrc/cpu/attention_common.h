@@ -170,13 +170,30 @@ Vec<T> maximum_of_lanes(const T* scores, int64_t keys) {
   return maximum(high[0], high[1]);
 }
 
-// S^T = K · Q^T (+ bias, causal mask) for keys [first_key, first_key + keys).
+// The softmax scale, in two factors: a power of two (the scale of head dims 16, 64 and 256) is multiplied into the queries,
+// exactly; any other would round each of them, so it is left for the scores.
+template <class T>
+struct Scale {
+  explicit Scale(double scale) {
+    int exponent;
+    const bool exact = ::frexp(scale, &exponent) == 0.5;
+    queries = exact ? T(scale) : T(1);
+    scores = exact ? T(1) : T(scale);
+  }
+  T queries;
+  T scores;
+};
+
+// S^T = K · Q^T · scale (+ bias, causal mask) for keys [first_key, first_key + keys).
 template <class T>
 void compute_scores(const AttentionParams& p, const QueryBlock<T>& block, Matrix<T> key, const T* query_lanes,
-                    int64_t first_key, int64_t keys, T* scores, T* bias_rows, T* bias_lanes) {
+                    T scale, int64_t first_key, int64_t keys, T* scores, T* bias_rows, T* bias_lanes) {
   TileArgs<T> args{key.data + first_key * key.stride, key.stride, 1,         query_lanes, kPanel<T>, scores,
                    kPanel<T>,                         p.head_dim};
   panel_product<T, false>(keys, block.vectors(), args);
+  if (scale != T(1)) {
+    for (int64_t i = 0; i < keys * kPanel<T>; i += kLanes<T>) store(scores + i, load(scores + i) * scale);
+  }
   if (p.bias.type != BiasType::kNone) add_bias(p.bias, block, first_key, keys, scores, bias_rows, bias_lanes);
   if (p.is_causal) mask_causal(block, first_key, keys, scores);
 }

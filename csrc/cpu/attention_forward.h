@@ -18,7 +18,7 @@ class AttentionForward {
   static constexpr int64_t W = kPanel<T>;
 
  public:
-  explicit AttentionForward(const AttentionParams& p) : p_(p) {
+  explicit AttentionForward(const AttentionParams& p) : p_(p), scale_(p.scale) {
     key_blocks_ = ceil_div(p.seqlen_k, kKeyBlock);
     keys_per_block_ = ceil_div(p.seqlen_k, key_blocks_);
     padded_dim_ = round_up(p.head_dim, L);
@@ -64,7 +64,7 @@ class AttentionForward {
 
   void run_block(const QueryBlock<T>& block) {
     const In* query = head_of<In>(p_.query, block.batch, block.head) + block.first * p_.query.row_stride;
-    load_lanes(query, p_.query.row_stride, block.count, p_.head_dim, T(p_.scale), rows_, query_lanes_);
+    load_lanes(query, p_.query.row_stride, block.count, p_.head_dim, scale_.queries, rows_, query_lanes_);
     for (int v = 0; v < kTileVectors; ++v) {
       maximum_[v] = splat(T(-kInfinity));
       sum_[v] = Vec<T>{};
@@ -72,10 +72,14 @@ class AttentionForward {
     const int64_t all_keys = p_.is_causal ? min64(p_.seqlen_k, block.first + block.count) : p_.seqlen_k;
     for (int64_t first_key = 0; first_key < all_keys; first_key += keys_per_block_) {
       const int64_t keys = min64(keys_per_block_, all_keys - first_key);
-      compute_scores(p_, block, key_, query_lanes_, first_key, keys, scores_, bias_rows_, bias_lanes_);
+      compute_scores(p_, block, key_, query_lanes_, scale_.scores, first_key, keys, scores_, bias_rows_, bias_lanes_);
       for (int v = 0; v < block.vectors(); ++v) softmax_lanes(v, keys, first_key > 0);
       const TileArgs<T> args{value_.data + first_key * value_.stride, 1, value_.stride, scores_, W, output_lanes_, W, keys};
-      panel_product_in_steps(p_.head_dim_v, block.vectors(), args, first_key > 0);
+      if (first_key == 0) {
+        panel_product<T, false>(p_.head_dim_v, block.vectors(), args);
+      } else {
+        panel_product<T, true>(p_.head_dim_v, block.vectors(), args);
+      }
     }
     write(block);
   }
@@ -128,6 +132,7 @@ class AttentionForward {
   }
 
   const AttentionParams& p_;
+  const Scale<T> scale_;
   int64_t key_blocks_, keys_per_block_, padded_dim_, padded_dim_v_;
   Matrix<T> key_{}, value_{};
   T *key_buffer_ = nullptr, *value_buffer_ = nullptr;

@@ -1,8 +1,7 @@
 // The one matrix-product tile on which both ops stand: C[rows][lanes] (+)= A[rows][k] · B[k][lanes].
 //
 // A is read one element at a time and broadcast, by any two strides, so a row-major operand serves as itself or as its
-// transpose without a copy; B and C are rows of vectors. The accumulators stay in registers over the whole of k; what C
-// held is added at the end, so that a long sum taken in steps loses less than one taken at a stretch.
+// transpose without a copy; B and C are rows of vectors.
 #pragma once
 
 #include "simd.h"
@@ -16,8 +15,6 @@ constexpr int kTileRows = 14;  // 28 + 2 + 1 of 32
 constexpr int kTileRows = 6;  // 12 + 2 + 1 of 16
 #endif
 constexpr int kTileVectors = 2;
-
-constexpr int64_t kReduction = 256;  // terms of a sum between two additions to memory
 
 template <class T>
 constexpr int kPanel = kTileVectors * kLanes<T>;
@@ -51,39 +48,41 @@ struct MultiplyPairs {
 };
 #endif
 
+// Terms that a register sums up before it is added to C. A long chain of additions loses digits that PyTorch, which sums
+// blocks or lanes, keeps; a small tile has time for short chains, and PyTorch's small products have the shortest.
+template <int Rows, int Vectors>
+constexpr int64_t kChain = Rows * Vectors <= kTileRows ? 8 : 32;
+
 template <class Step, class T, int Rows, int Vectors, bool Accumulate>
 void tile(const TileArgs<T>& args) {
   constexpr int L = kLanes<T>;
-  Vec<T> accumulator[Rows][Vectors];
-#pragma GCC unroll 16
-  for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) {
-      accumulator[r][v] = Vec<T>{};
-    }
-  }
   const T* a = args.a;
   const T* b = args.b;
   const int64_t a_row = args.a_row;
-  for (int64_t k = 0; k < args.k; ++k) {
-    Vec<T> right[Vectors];
+  for (int64_t begin = 0; begin < args.k; begin += kChain<Rows, Vectors>) {
+    const int64_t end = min64(begin + kChain<Rows, Vectors>, args.k);
+    Vec<T> accumulator[Rows][Vectors] = {};
+    for (int64_t k = begin; k < end; ++k) {
+      Vec<T> right[Vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) right[v] = load(b + v * L);
+      for (int v = 0; v < Vectors; ++v) right[v] = load(b + v * L);
+#pragma GCC unroll 16
+      for (int r = 0; r < Rows; ++r) {
+        Vec<T> left = splat(a[r * a_row]);
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; ++v) accumulator[r][v] = Step::template add<T>(accumulator[r][v], left, right[v]);
+      }
+      a += args.a_k;
+      b += args.b_stride;
+    }
+    const bool add = Accumulate || begin > 0;
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
-      Vec<T> left = splat(a[r * a_row]);
 #pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) accumulator[r][v] = Step::template add<T>(accumulator[r][v], left, right[v]);
-    }
-    a += args.a_k;
-    b += args.b_stride;
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) {
-      T* c = args.c + r * args.c_stride + v * L;
-      store(c, Accumulate ? load(c) + accumulator[r][v] : accumulator[r][v]);
+      for (int v = 0; v < Vectors; ++v) {
+        T* c = args.c + r * args.c_stride + v * L;
+        store(c, add ? load(c) + accumulator[r][v] : accumulator[r][v]);
+      }
     }
   }
 }
@@ -112,22 +111,6 @@ inline void panel_product(int64_t m, int vectors, TileArgs<T> args) {
     }
     args.a += current * args.a_row;
     args.c += current * args.c_stride;
-  }
-}
-
-// A long k in steps of kReduction terms, which bounds the rounding error of the sum; adds to C if `accumulate`.
-template <class T, class Step = Multiply>
-inline void panel_product_in_steps(int64_t m, int vectors, TileArgs<T> args, bool accumulate) {
-  const int64_t terms = args.k;
-  for (int64_t k = 0; k < terms; k += kReduction) {
-    args.k = min64(kReduction, terms - k);
-    if (k > 0 || accumulate) {
-      panel_product<T, true, Step>(m, vectors, args);
-    } else {
-      panel_product<T, false, Step>(m, vectors, args);
-    }
-    args.a += args.k * args.a_k;
-    args.b += args.k * args.b_stride;
   }
 }
 

@@ -144,12 +144,8 @@ class PatchEmbed {
         // Rows of one image are evenly spaced; the next image may lie elsewhere.
         const int64_t here = min64(count - t, per_image_ - (first + t) % per_image_);
         const Matrix grads = token_rows(first + t, here, grad_tokens);
-        for (int64_t k = 0; k < num_columns; k += W) {
-          const int vectors = int(ceil_div(min64(W, num_columns - k), L));
-          panel_product_in_steps<T>(
-              here, vectors,
-              {grads.data, grads.stride, 1, panel + k, width, grad_patches + t * width + k, width, p_.embed_dim}, false);
-        }
+        product<T, false>(here, num_columns,
+                          {grads.data, grads.stride, 1, panel, width, grad_patches + t * width, width, p_.embed_dim});
         t += here;
       }
       for (int64_t t = 0; t < count; ++t) scatter(grad_patches + t * width, first + t, column, num_columns);
@@ -194,8 +190,7 @@ class PatchEmbed {
       for (int64_t d = 0; d < num_rows; d += W) {
         const int64_t lanes = min64(W, num_rows - d);
         const int vectors = int(ceil_div(lanes, L));
-        panel_product_in_steps<T, Step>(count, vectors, {patches, units, 1, weight + d * padded, W, results, W, units},
-                                        false);
+        panel_product<T, false, Step>(count, vectors, {patches, units, 1, weight + d * padded, W, results, W, units});
         for (int64_t t = 0; t < count; ++t) {
           for (int v = 0; v < vectors; ++v) {
             store(results + t * W + v * L, load(results + t * W + v * L) + load(bias + d + v * L));

@@ -15,7 +15,9 @@ ADAPTERS = {
     "fastvit.models.vit": "fastvit.adapters.reference_vit",
 }
 
-_FUSED: dict[type[nn.Module], type[nn.Module]] = {}
+SwapTable = dict[type[nn.Module], type[FusedForward]]
+
+_FUSED: SwapTable = {}
 
 
 def register_swap(original: type[nn.Module], fused: type[nn.Module]) -> None:
@@ -40,7 +42,7 @@ def register_swap(original: type[nn.Module], fused: type[nn.Module]) -> None:
     _FUSED[original] = fused
 
 
-def registered() -> dict[type[nn.Module], type[nn.Module]]:
+def registered() -> SwapTable:
     """Return the table, with the adapters of the libraries that are imported by now."""
     for library, adapter in ADAPTERS.items():
         if library in sys.modules:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
-from timm.layers import Attention, PatchEmbed, PatchEmbedWithSize
+from timm.layers import PatchEmbed, PatchEmbedWithSize
+
+# timm.layers.Attention, by the name that older timm (0.9, 1.0.9) has too.
+from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from fastvit.adapters import register_swap
@@ -19,7 +24,7 @@ class FusedAttention(FusedAttentionForward, Attention):
     def fastvit_fallbacks(cls, module: nn.Module) -> list[str]:
         """Return in which situations, as the module stands now, timm's own forward would run."""
         fallbacks = super().fastvit_fallbacks(module)
-        if has_hooks(module.attn_drop) and module.fused_attn:
+        if has_hooks(cast(nn.Module, module.attn_drop)) and module.fused_attn:
             fallbacks.append("timm calls attn_drop only with fused_attn off, so that hook stays silent")
         return fallbacks
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def load_error() -> str | None:
     """Load fastvit._C and return None, or why it cannot be used."""
     try:
-        from fastvit import _C
+        _C = importlib.import_module("fastvit._C")
     except ImportError as error:
         return (
             f"fastvit._C cannot be imported ({error}); it is built when fastvit is installed on a machine with a C++ "

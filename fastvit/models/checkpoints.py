@@ -44,7 +44,8 @@ def _read(path: Path) -> Any:
         return _read_safetensors(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 (the unpickler meets arbitrary bytes with arbitrary errors)
+    except Exception as error:
+        # The unpickler meets arbitrary bytes with arbitrary errors.
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"path: '{path}' is not a checkpoint of tensors that torch can read: {reason[0]}") from error
 
@@ -106,6 +107,6 @@ def _check_fit(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> N
 
 
 def _first(names: Iterable[object]) -> str:
-    names = [str(name) for name in names]
-    shown = ", ".join(names[:NAMES_IN_A_MESSAGE])
-    return shown + (", …" if len(names) > NAMES_IN_A_MESSAGE else "")
+    texts = [str(name) for name in names]
+    shown = ", ".join(texts[:NAMES_IN_A_MESSAGE])
+    return shown + (", …" if len(texts) > NAMES_IN_A_MESSAGE else "")

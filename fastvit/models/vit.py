@@ -3,8 +3,9 @@
 No kernel, no fused call: a convolution cuts the patches and the attention is written out as the paper writes it.
 Module and parameter names are timm's, so that its weights load with ``strict=True``.
 
-Source: Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", https://arxiv.org/abs/2010.11929 (ViT below); sizes Ti
-and S: Touvron et al. 2021 and Steiner et al. 2022; 2-D sin-cos positions: Beyer et al. 2022, "Better plain ViT baselines".
+Source: Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", https://arxiv.org/abs/2010.11929 (ViT below). Sizes
+Ti and S: Touvron et al. 2021 and Steiner et al. 2022; 2-D sin-cos positions: Beyer et al. 2022, "Better plain ViT
+baselines".
 """
 
 from __future__ import annotations
@@ -183,15 +184,13 @@ class VisionTransformer(nn.Module):
             fixed = sincos2d_positions(self.patch_embed.grid_size, embed_dim, self.num_prefix_tokens)
             self.register_buffer("pos_embed", fixed.to(torch.get_default_dtype()))
         self.pos_drop = nn.Dropout(dropout)
-        self.blocks = nn.Sequential(
-            *(Block(embed_dim, num_heads, mlp_ratio, qkv_bias, dropout) for _ in range(depth))
-        )
+        self.blocks = nn.Sequential(*(Block(embed_dim, num_heads, mlp_ratio, qkv_bias, dropout) for _ in range(depth)))
         self.norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise: positions N(0, 0.02), dense layers truncated normal 0.02, patches LeCun, class token and head 0."""
+        """Initialise: positions N(0, 0.02), dense layers truncated at 0.02, patches LeCun, class token and head 0."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -199,7 +198,8 @@ class VisionTransformer(nn.Module):
                     nn.init.zeros_(module.bias)
         patches = self.patch_embed.proj
         nn.init.trunc_normal_(patches.weight, std=math.prod(patches.weight.shape[1:]) ** -0.5)
-        nn.init.zeros_(patches.bias)
+        if patches.bias is not None:
+            nn.init.zeros_(patches.bias)
         if isinstance(self.pos_embed, nn.Parameter):
             nn.init.normal_(self.pos_embed, std=0.02)
         if self.cls_token is not None:

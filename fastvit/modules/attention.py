@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,11 @@ CHILDREN = frozenset({"qkv", "q_norm", "k_norm", "attn_drop", "softmax", "norm",
 
 
 @torch.fx.wrap
-def _attend_packed(qkv: Tensor, bias: Tensor | None, is_causal: bool, scale: float | None, backend: str | None) -> Tensor:
-    return attention_qkvpacked(qkv, bias=bias, is_causal=is_causal, scale=scale, backend=backend)
+def _attend_packed(
+    qkv: Tensor, bias: Tensor | None, is_causal: bool, scale: float | None, backend: str | None
+) -> Tensor:
+    heads = attention_qkvpacked(qkv, bias=bias, is_causal=is_causal, scale=scale, backend=backend)
+    return cast(Tensor, heads)
 
 
 @torch.fx.wrap
@@ -33,7 +36,7 @@ def _attend(
     backend: str | None,
 ) -> Tensor:
     heads = attention(query, key, value, bias=bias, is_causal=is_causal, scale=scale, backend=backend)
-    return heads.transpose(1, 2)
+    return cast(Tensor, heads).transpose(1, 2)
 
 
 class FusedAttentionForward(FusedForward):
@@ -47,6 +50,13 @@ class FusedAttentionForward(FusedForward):
     """
 
     fastvit_kind = "attention"
+    num_heads: int
+    head_dim: int
+    scale: float
+    qkv: Any
+    proj: Any
+    q_norm: Any
+    k_norm: Any
 
     @classmethod
     def fastvit_obstacles(cls, module: nn.Module) -> list[str]:
@@ -58,8 +68,8 @@ class FusedAttentionForward(FusedForward):
             obstacles.append(f"it has parts that fastvit does not know: {', '.join(unknown)}")
         if missing := [name for name in ("qkv", "proj", "num_heads", "head_dim") if not hasattr(module, name)]:
             obstacles.append(f"it lacks {', '.join(missing)}")
-        elif module.head_dim > MAX_HEAD_DIM:
-            obstacles.append(f"head_dim {module.head_dim}: at most {MAX_HEAD_DIM}")
+        elif (head_dim := cast(int, module.head_dim)) > MAX_HEAD_DIM:
+            obstacles.append(f"head_dim {head_dim}: at most {MAX_HEAD_DIM}")
         return obstacles
 
     @classmethod
@@ -73,10 +83,10 @@ class FusedAttentionForward(FusedForward):
 
     def _why_plain(self, attn_mask: Tensor | None, is_causal: bool) -> str | None:
         drop = getattr(self, "attn_drop", None)
-        if isinstance(drop, nn.Dropout) and drop.p > 0:
-            # timm's fused path asks the module itself, its written-out path the dropout child (Monte Carlo dropout).
-            if self.training if getattr(self, "fused_attn", False) else drop.training:
-                return f"attention dropout (p={drop.p:g}) has no kernel yet"
+        # timm's fused path asks the module itself, its written-out path the dropout child (Monte Carlo dropout).
+        asked = self if getattr(self, "fused_attn", False) else drop
+        if isinstance(drop, nn.Dropout) and drop.p > 0 and asked is not None and asked.training:
+            return f"attention dropout (p={drop.p:g}) has no kernel yet"
         if readers := _matrix_readers(self):
             return readers[0]
         if self.head_dim > MAX_HEAD_DIM:
@@ -128,7 +138,7 @@ class FusedAttentionForward(FusedForward):
 def _matrix_readers(module: nn.Module) -> list[str]:
     readers = []
     for name, plain_types in (("attn_drop", (nn.Dropout, nn.Identity)), ("softmax", (nn.Softmax,))):
-        child = getattr(module, name, None)
+        child = module._modules.get(name)
         if child is None:
             continue
         if type(child) not in plain_types or has_own_forward(child):
@@ -145,8 +155,22 @@ def _is_no_op(norm: nn.Module | None) -> bool:
 class _PlainAttention(nn.Module):
     """The forward of timm.layers.Attention in torch alone, which the fused one steps back to."""
 
+    num_heads: int
+    head_dim: int
+    attn_dim: int
+    scale: float
+    fused_attn: bool
+    qkv: Any
+    q_norm: Any
+    k_norm: Any
+    attn_drop: Any
+    norm: Any
+    gate: Any
+    proj: Any
+    proj_drop: Any
+
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Return the attended tokens by torch's own attention, or written out where a hook or ``fused_attn`` asks for it."""
+        """Return the attended tokens by torch's attention, written out if a hook or ``fused_attn`` asks for it."""
         batch, seqlen, _ = x.shape
         gate = None if self.gate is None else self.gate(x).sigmoid()
         qkv = self.qkv(x).reshape(batch, seqlen, 3, self.num_heads, self.head_dim)
@@ -217,7 +241,7 @@ class Attention(FusedAttentionForward, _PlainAttention):
         if (qk_norm or scale_norm) and norm_layer is None:
             raise ValueError("norm_layer: got None; qk_norm and scale_norm need a normalisation class")
         check_backend_name(backend)
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.head_dim = dim // num_heads if attn_head_dim is None else attn_head_dim
         self.attn_dim = self.num_heads * self.head_dim
@@ -225,10 +249,10 @@ class Attention(FusedAttentionForward, _PlainAttention):
         self.fused_attn = True
 
         self.qkv = nn.Linear(dim, 3 * self.attn_dim, bias=qkv_bias, **factory)
-        self.q_norm = norm_layer(self.head_dim, **factory) if qk_norm else nn.Identity()
-        self.k_norm = norm_layer(self.head_dim, **factory) if qk_norm else nn.Identity()
+        self.q_norm = norm_layer(self.head_dim, **factory) if norm_layer and qk_norm else nn.Identity()
+        self.k_norm = norm_layer(self.head_dim, **factory) if norm_layer and qk_norm else nn.Identity()
         self.attn_drop = nn.Dropout(attn_drop)
-        self.norm = norm_layer(self.attn_dim, **factory) if scale_norm else nn.Identity()
+        self.norm = norm_layer(self.attn_dim, **factory) if norm_layer and scale_norm else nn.Identity()
         self.gate = nn.Linear(dim, self.attn_dim, bias=qkv_bias, **factory) if gated else None
         self.proj = nn.Linear(self.attn_dim, dim_out or dim, bias=proj_bias, **factory)
         self.proj_drop = nn.Dropout(proj_drop)

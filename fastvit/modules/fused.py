@@ -1,4 +1,4 @@
-"""What every module with a fused forward shares: its backend, when it steps back to the plain forward, and saying so."""
+"""What every module with a fused forward shares: its backend, and saying when it steps back to the plain forward."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 ADDED_ATTRIBUTES = ("_fastvit_backend", "_fastvit_warned")
 
 
-class FusedForward:
+class FusedForward(nn.Module):
     """Mixin in front of a plain module class: its forward runs an op, or the plain class's forward where the op cannot.
 
     The mixin adds no parameter, buffer or child. ``ADDED_ATTRIBUTES`` are all that it may put into an instance.

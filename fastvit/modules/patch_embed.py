@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ FORMATS = ("NCHW", "NHWC", "NCL", "NLC")
 
 @torch.fx.wrap
 def _embed(images: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None) -> Tensor:
-    """Return the grid of tokens [B, H / Ph, W / Pw, D]; pixels beyond the last whole patch are dropped, as conv2d does."""
+    """Return the grid of tokens [B, H / Ph, W / Pw, D]; like conv2d, drop pixels beyond the last whole patch."""
     height, width = images.shape[2:]
     patch_height, patch_width = weight.shape[2:]
     rows, columns = height // patch_height, width // patch_width
@@ -56,6 +56,11 @@ class FusedPatchEmbedForward(FusedForward):
     """
 
     fastvit_kind = "patch embedding"
+    img_size: Any
+    patch_size: Any
+    output_fmt: Any
+    proj: Any
+    norm: Any
 
     @classmethod
     def fastvit_obstacles(cls, module: nn.Module) -> list[str]:
@@ -72,7 +77,7 @@ class FusedPatchEmbedForward(FusedForward):
     @classmethod
     def fastvit_fallbacks(cls, module: nn.Module) -> list[str]:
         """Return in which situations, as the module stands now, the plain forward would run."""
-        reason = _why_call(module.proj)
+        reason = _why_call(cast(nn.Module, module.proj))
         return [f"{reason}: runs the plain forward"] if reason else []
 
     def _embed_grid(self, images: Tensor) -> Tensor:
@@ -97,14 +102,14 @@ class FusedPatchEmbedForward(FusedForward):
     def _output_format(self) -> str:
         return "NLC" if self.flatten else str(getattr(self.output_fmt, "value", self.output_fmt))
 
-    def _fused_forward(self, images: Tensor) -> Tensor:
+    def _fused_forward(self, images: Tensor) -> Any:
         _, _, height, width = images.shape
         self._check_size(height, width)
         if self.dynamic_img_pad:
             images = _pad_to_patches(images, self.patch_size)
         return self.norm(arrange(self._embed_grid(images), self._output_format(), images))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         """Return the tokens of the images.
 
         Args:
@@ -137,6 +142,15 @@ def _why_call(proj: nn.Module) -> str | None:
 class _PlainPatchEmbed(nn.Module):
     """The methods of timm.layers.PatchEmbed in torch alone, with the forward that the fused one steps back to."""
 
+    img_size: Any
+    patch_size: Any
+    proj: Any
+    norm: Any
+    grid_size: Any
+    num_patches: Any
+    dynamic_img_pad: bool
+    _check_size: Callable[[int, int], None]
+
     def _sizes(
         self, img_size: int | tuple[int, int] | None
     ) -> tuple[tuple[int, int], tuple[int, int], int] | tuple[None, None, None]:
@@ -156,9 +170,10 @@ class _PlainPatchEmbed(nn.Module):
         The weights are resampled by the pseudo-inverse of bicubic resizing, so that a resized image gives nearly the
         same tokens (Beyer et al. 2023, FlexiViT, section 3.4).
         """
-        changed = patch_size is not None and _pair("patch_size", patch_size) != self.patch_size
+        wanted = self.patch_size if patch_size is None else _pair("patch_size", patch_size)
+        changed = wanted != self.patch_size
         if changed:
-            self.patch_size = _pair("patch_size", patch_size)
+            self.patch_size = wanted
             self.proj = _resampled(self.proj, self.patch_size)
         if img_size is not None or changed:
             self.img_size, self.grid_size, self.num_patches = self._sizes(img_size or self.img_size)
@@ -229,7 +244,7 @@ class PatchEmbed(FusedPatchEmbedForward, _PlainPatchEmbed):
         if output_fmt is not None and str(getattr(output_fmt, "value", output_fmt)) not in FORMATS:
             raise ValueError(f"output_fmt: got {output_fmt!r}; accepted are None and {', '.join(map(repr, FORMATS))}")
         check_backend_name(backend)
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.patch_size = _pair("patch_size", patch_size)
         self.img_size, self.grid_size, self.num_patches = self._sizes(img_size)
         self.flatten = flatten and output_fmt is None
@@ -271,7 +286,7 @@ def _resampled(proj: nn.Conv2d, patch_size: tuple[int, int]) -> nn.Conv2d:
     flat = weight.flatten(2).float() @ inverse.T
     resampled.weight.copy_(flat.unflatten(2, patch_size))
     resampled.weight.requires_grad_(weight.requires_grad)
-    if proj.bias is not None:
+    if proj.bias is not None and resampled.bias is not None:
         resampled.bias.copy_(proj.bias)
         resampled.bias.requires_grad_(proj.bias.requires_grad)
     return resampled

@@ -20,11 +20,7 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype:
 
 def _eligible(tensor: Tensor) -> bool:
     # torch's rule for its lower-precision list: floating, and never float64.
-    return (
-        tensor.is_floating_point()
-        and tensor.dtype != torch.float64
-        and tensor.device.type in DEVICE_TYPES
-    )
+    return tensor.is_floating_point() and tensor.dtype != torch.float64 and tensor.device.type in DEVICE_TYPES
 
 
 def register_autocast(library: torch.library.Library, op: Callable[..., Any], name: str) -> None:

@@ -18,6 +18,7 @@ from types import ModuleType
 
 from fastvit.kernels.spec import AttentionSpec, PatchEmbedSpec, Spec
 
+
 @dataclass(frozen=True)
 class Backend:
     """One implementation of both ops: a kernel module, loaded at first use, behind ``why_not``."""
@@ -181,4 +182,3 @@ def _reasons(spec: Spec) -> str:
 def reset_selection() -> None:
     """Forget cached choices; needed only after the environment that ``why_not`` reads has changed (tests)."""
     _select.cache_clear()
-

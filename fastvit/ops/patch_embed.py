@@ -97,9 +97,7 @@ def _patch_embed(images: Tensor, weight: Tensor, bias: Tensor | None, backend: s
     kernels = select(_spec(images, weight), backend)
     output = _allocate_tokens(images, weight)
     if output.numel():
-        kernels.patch_embed_forward(
-            images, weight.contiguous(), None if bias is None else bias.contiguous(), output
-        )
+        kernels.patch_embed_forward(images, weight.contiguous(), None if bias is None else bias.contiguous(), output)
     return output
 
 
@@ -119,9 +117,7 @@ def _patch_embed_backward_weight(
 
 
 @torch.library.impl(_LIBRARY, "patch_embed_backward_images", "CompositeExplicitAutograd")
-def _patch_embed_backward_images(
-    grad_output: Tensor, images: Tensor, weight: Tensor, backend: str | None
-) -> Tensor:
+def _patch_embed_backward_images(grad_output: Tensor, images: Tensor, weight: Tensor, backend: str | None) -> Tensor:
     kernels = select(_spec(images, weight), backend)
     grad_images = torch.empty_like(images)
     if grad_output.numel():
@@ -163,9 +159,7 @@ def _differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     if wants_images:
         grad_images = torch.ops.fastvit.patch_embed_backward_images(grad_output, images, weight, ctx.backend)
     if wants_weight or wants_bias:
-        grad_weight, grad_bias = torch.ops.fastvit.patch_embed_backward_weight(
-            grad_output, images, weight, ctx.backend
-        )
+        grad_weight, grad_bias = torch.ops.fastvit.patch_embed_backward_weight(grad_output, images, weight, ctx.backend)
     return grad_images, grad_weight, grad_bias if ctx.has_bias else None, None
 
 
@@ -173,9 +167,7 @@ def _refuse_double_backward(ctx: Any, *_: Tensor | None) -> None:
     raise NotImplementedError("fastvit patch_embed: the second derivative is not supported; use torch's own conv2d")
 
 
-torch.library.register_autograd(
-    "fastvit::patch_embed", _differentiate, setup_context=_save_for_backward, lib=_LIBRARY
-)
+torch.library.register_autograd("fastvit::patch_embed", _differentiate, setup_context=_save_for_backward, lib=_LIBRARY)
 for _name in ("patch_embed_backward_weight", "patch_embed_backward_images"):
     torch.library.register_autograd(f"fastvit::{_name}", _refuse_double_backward, lib=_LIBRARY)
 register_autocast(_LIBRARY, torch.ops.fastvit.patch_embed, "patch_embed")

@@ -2,8 +2,8 @@
 
     python -m fastvit.kernels.triton.aot --arch sm_90 --processes 2
 
-Registers, stack (spills) and instructions come from the cubin or the AMD assembly, not from a driver. The exit status is
-1 if a row spills, does not fit its family's shared memory, or lacks the matrix instruction that was meant.
+Registers, stack (spills) and instructions come from the cubin or the AMD assembly, not from a driver. The exit status
+is 1 if a row spills, does not fit its family's shared memory, or lacks the matrix instruction that was meant.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _attention_job(
         "HEAD_DIM": head_dim, "HEAD_DIM_V": head_dim_v, "BLOCK_D": block_d, "BLOCK_DV": block_dv,
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_TAIL": inner if is_causal else 16,
         "SLICE": config.block_k,
-        "BIAS": bias, "IS_CAUSAL": is_causal, "SCALE_MAX": bias == "none", "PRECISION": precision,
+        "BIAS": bias, "IS_CAUSAL": is_causal, "FOLD": bias == "none" and dtype != "fp32", "PRECISION": precision,
     }  # fmt: skip
     case = f"D{head_dim}" + (f"/{head_dim_v}" if head_dim_v != head_dim else "")
     case += ("" if bias == "none" else f" {bias} bias") + (" causal" if is_causal else "")
@@ -240,8 +240,8 @@ def compile_all(families: Sequence[str] = configs.FAMILIES, processes: int = 2) 
 
 def report(outcomes: Sequence[Outcome]) -> str:
     """Return the resources as a table, one line a job."""
-    lines = [f"{'family':7} {'kernel':27} {'dtype':5} {'case':26} {'m':>3} {'n':>3} {'k':>3} {'warps':>5} {'stages':>6} "
-             f"{'regs':>4} {'spill':>5} {'shared':>6} {'instruction':15} {'s':>4}"]  # fmt: skip
+    lines = [f"{'family':7} {'kernel':27} {'dtype':5} {'case':26} {'m':>3} {'n':>3} {'k':>3} {'warps':>5} "
+             f"{'stages':>6} {'regs':>4} {'spill':>5} {'shared':>6} {'instruction':15} {'s':>4}"]  # fmt: skip
     for outcome in outcomes:
         job, config, resources = outcome.job, outcome.job.config, outcome.resources
         line = f"{job.family:7} {job.kernel:27} {job.dtype:5} {job.case:26} {config.block_m:3} {config.block_n:3} "

@@ -8,6 +8,7 @@ visits all keys). Scores are computed twice, which is the price of having every 
 Source: Dao 2023, FlashAttention-2, algorithm 2.
 """
 
+# ruff: noqa: N803 - Triton's constexpr parameters are constants and are written as such.
 from __future__ import annotations
 
 import torch
@@ -21,11 +22,25 @@ from fastvit.kernels.triton.attention_fwd import LOG2_E, bias_and_mask, bias_arg
 
 @triton.jit
 def load_row_statistics(lse_ptr, delta_ptr, rows, seqlen_q):
-    """Load the LSE in the log2 domain, +inf where no key takes part or no row is, and Δ: then P is 0 there, not NaN."""
-    lse = tl.load(lse_ptr + rows, mask=rows < seqlen_q, other=float("inf")) * LOG2_E
+    """Load the LSE, +inf where no key takes part or no row is, and Δ: then P is 0 there, not NaN."""
+    lse = tl.load(lse_ptr + rows, mask=rows < seqlen_q, other=float("inf"))
     lse = tl.where(lse == float("-inf"), float("inf"), lse)
     delta = tl.load(delta_ptr + rows, mask=rows < seqlen_q, other=0.0)
     return lse, delta
+
+
+@triton.jit
+def recomputed_probabilities(
+    scores, lse, bias_base, bias_strides, rows, columns, seqlen_q, seqlen_k, scale,
+    BIAS: tl.constexpr, IS_CAUSAL: tl.constexpr, CHECK_COLUMNS: tl.constexpr, FOLD: tl.constexpr,
+):  # fmt: skip
+    """Return P from the raw scores and the LSE, in either orientation (see FOLD in ``attention_fwd``)."""
+    if not FOLD:
+        scores *= scale
+    scores = bias_and_mask(
+        scores, bias_base, bias_strides, rows, columns, seqlen_q, seqlen_k, BIAS, IS_CAUSAL, CHECK_COLUMNS
+    )
+    return tl.exp2(scores * (scale * LOG2_E) - lse * LOG2_E if FOLD else (scores - lse) * LOG2_E)
 
 
 @triton.jit(do_not_specialize=["num_heads", "seqlen_q"])
@@ -62,20 +77,20 @@ def delta_kernel(
 @triton.jit
 def _add_query_block(
     grad_key, grad_value, key, value, query_base, query_stride, grad_base, grad_stride, lse_ptr, delta_ptr,
-    bias_base, bias_strides, columns, start, seqlen_q, seqlen_k, scale_log2,
+    bias_base, bias_strides, columns, start, seqlen_q, seqlen_k, scale,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BIAS: tl.constexpr, IS_CAUSAL: tl.constexpr, CHECKED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    FOLD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add what the query block that begins at ``start`` gives to dK (before scaling) and dV; tiles are key by query."""
     query = load_tile(query_base, start, query_stride, seqlen_q, HEAD_DIM, BLOCK_ROWS, BLOCK_D, CHECKED)
     rows = start + tl.arange(0, BLOCK_ROWS)
     lse, delta = load_row_statistics(lse_ptr, delta_ptr, rows, seqlen_q)
-    scores = tl.dot(key, tl.trans(query), input_precision=PRECISION) * scale_log2  # [BLOCK_N, BLOCK_ROWS]
-    scores = bias_and_mask(
-        scores, bias_base, bias_strides, rows[None, :], columns[:, None], seqlen_q, seqlen_k, BIAS, IS_CAUSAL, False
-    )
-    probabilities = tl.exp2(scores - lse[None, :])
+    scores = tl.dot(key, tl.trans(query), input_precision=PRECISION)  # [BLOCK_N, BLOCK_ROWS]
+    probabilities = recomputed_probabilities(
+        scores, lse[None, :], bias_base, bias_strides, rows[None, :], columns[:, None], seqlen_q, seqlen_k, scale,
+        BIAS, IS_CAUSAL, False, FOLD,
+    )  # fmt: skip
     grad_output = load_tile(grad_base, start, grad_stride, seqlen_q, HEAD_DIM_V, BLOCK_ROWS, BLOCK_DV, CHECKED)
     grad_value = tl.dot(probabilities.to(query.dtype), grad_output, grad_value, input_precision=PRECISION)
     grad_probabilities = tl.dot(value, tl.trans(grad_output), input_precision=PRECISION)
@@ -88,10 +103,10 @@ def _add_query_block(
 def grad_key_value_kernel(
     grad_output_ptr, query_ptr, key_ptr, value_ptr, bias_ptr, lse_ptr, delta_ptr, grad_key_ptr, grad_value_ptr,
     grad_output_strides, query_strides, key_strides, value_strides, bias_strides, grad_key_strides,
-    grad_value_strides, num_heads, seqlen_q, seqlen_k, scale, scale_log2,
+    grad_value_strides, num_heads, seqlen_q, seqlen_k, scale,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_TAIL: tl.constexpr, BIAS: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: dK and dV of BLOCK_N keys of one head, from all queries."""
     num_blocks = tl.cdiv(seqlen_k, BLOCK_N)
@@ -123,14 +138,14 @@ def grad_key_value_kernel(
     for start in tl.range(begin, full_end, BLOCK_M):
         grad_key, grad_value = _add_query_block(
             grad_key, grad_value, key, value, query_base, query_stride, grad_base, grad_stride, lse_ptr, delta_ptr,
-            bias_base, bias_strides, columns, start, seqlen_q, seqlen_k, scale_log2, HEAD_DIM, HEAD_DIM_V, BLOCK_D,
-            BLOCK_DV, BLOCK_M, BIAS, IS_CAUSAL, False, PRECISION,
+            bias_base, bias_strides, columns, start, seqlen_q, seqlen_k, scale, HEAD_DIM, HEAD_DIM_V, BLOCK_D,
+            BLOCK_DV, BLOCK_M, BIAS, IS_CAUSAL, False, FOLD, PRECISION,
         )  # fmt: skip
     for start in tl.range(full_end, seqlen_q, BLOCK_TAIL, num_stages=1):
         grad_key, grad_value = _add_query_block(
             grad_key, grad_value, key, value, query_base, query_stride, grad_base, grad_stride, lse_ptr, delta_ptr,
-            bias_base, bias_strides, columns, start, seqlen_q, seqlen_k, scale_log2, HEAD_DIM, HEAD_DIM_V, BLOCK_D,
-            BLOCK_DV, BLOCK_TAIL, BIAS, IS_CAUSAL, True, PRECISION,
+            bias_base, bias_strides, columns, start, seqlen_q, seqlen_k, scale, HEAD_DIM, HEAD_DIM_V, BLOCK_D,
+            BLOCK_DV, BLOCK_TAIL, BIAS, IS_CAUSAL, True, FOLD, PRECISION,
         )  # fmt: skip
 
     grad_key_base = grad_key_ptr + batch * grad_key_strides[0] + head * grad_key_strides[1]
@@ -167,10 +182,10 @@ def sliced_product(
 @triton.jit
 def _add_key_block(
     grad_query, query_base, query_stride, query, grad_base, grad_stride, grad_output, lse, delta, key_base, key_stride,
-    value_base, value_stride, bias_base, bias_strides, first_row, start, seqlen_q, seqlen_k, scale_log2,
+    value_base, value_stride, bias_base, bias_strides, first_row, start, seqlen_q, seqlen_k, scale,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_KEYS: tl.constexpr, SLICE: tl.constexpr, BIAS: tl.constexpr, IS_CAUSAL: tl.constexpr, CHECKED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_KEYS: tl.constexpr, SLICE: tl.constexpr, BIAS: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, CHECKED: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add what the key block that begins at ``start`` gives to dQ (before scaling)."""
     key = load_tile(key_base, start, key_stride, seqlen_k, HEAD_DIM, BLOCK_KEYS, BLOCK_D, CHECKED)
@@ -188,11 +203,10 @@ def _add_key_block(
         value = load_tile(value_base, start, value_stride, seqlen_k, HEAD_DIM_V, BLOCK_KEYS, BLOCK_DV, CHECKED)
         scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [BLOCK_M, BLOCK_KEYS]
         grad_probabilities = tl.dot(grad_output, tl.trans(value), input_precision=PRECISION)
-    scores *= scale_log2
-    scores = bias_and_mask(
-        scores, bias_base, bias_strides, rows[:, None], columns[None, :], seqlen_q, seqlen_k, BIAS, IS_CAUSAL, CHECKED
-    )
-    probabilities = tl.exp2(scores - lse[:, None])
+    probabilities = recomputed_probabilities(
+        scores, lse[:, None], bias_base, bias_strides, rows[:, None], columns[None, :], seqlen_q, seqlen_k, scale,
+        BIAS, IS_CAUSAL, CHECKED, FOLD,
+    )  # fmt: skip
     grad_scores = probabilities * (grad_probabilities - delta[:, None])
     return tl.dot(grad_scores.to(key.dtype), key, grad_query, input_precision=PRECISION)
 
@@ -201,10 +215,10 @@ def _add_key_block(
 def grad_query_kernel(
     grad_output_ptr, query_ptr, key_ptr, value_ptr, bias_ptr, lse_ptr, delta_ptr, grad_query_ptr,
     grad_output_strides, query_strides, key_strides, value_strides, bias_strides, grad_query_strides,
-    num_heads, seqlen_q, seqlen_k, scale, scale_log2,
+    num_heads, seqlen_q, seqlen_k, scale,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_TAIL: tl.constexpr, SLICE: tl.constexpr,
-    BIAS: tl.constexpr, IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS: tl.constexpr, IS_CAUSAL: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: dQ of BLOCK_M queries of one head, from all keys that take part."""
     num_blocks = tl.cdiv(seqlen_q, BLOCK_M)
@@ -238,13 +252,15 @@ def grad_query_kernel(
         grad_query = _add_key_block(
             grad_query, query_base, query_stride, query, grad_base, grad_stride, grad_output, lse, delta, key_base,
             key_stride, value_base, value_stride, bias_base, bias_strides, first_row, start, seqlen_q, seqlen_k,
-            scale_log2, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, SLICE, BIAS, False, False, PRECISION,
+            scale, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, SLICE, BIAS, False, False, FOLD,
+            PRECISION,
         )  # fmt: skip
     for start in tl.range(full_end, end, BLOCK_TAIL, num_stages=1):
         grad_query = _add_key_block(
             grad_query, query_base, query_stride, query, grad_base, grad_stride, grad_output, lse, delta, key_base,
             key_stride, value_base, value_stride, bias_base, bias_strides, first_row, start, seqlen_q, seqlen_k,
-            scale_log2, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_TAIL, SLICE, BIAS, IS_CAUSAL, True, PRECISION,
+            scale, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_TAIL, SLICE, BIAS, IS_CAUSAL, True,
+            FOLD, PRECISION,
         )  # fmt: skip
 
     grad_query_base = grad_query_ptr + batch * grad_query_strides[0] + head * grad_query_strides[1]
@@ -298,10 +314,10 @@ def _launch_grad_key_value(
     grad_key_value_kernel[configs.grid(batch * num_heads, seqlen_k, config.block_n)](
         grad_output, query, key, value, bias, lse, delta, grad_key, grad_value,
         grad_output.stride()[:3], query.stride()[:3], key.stride()[:3], value.stride()[:3], bias_strides,
-        grad_key.stride()[:3], grad_value.stride()[:3], num_heads, seqlen_q, seqlen_k, scale, scale * LOG2_E.value,
+        grad_key.stride()[:3], grad_value.stride()[:3], num_heads, seqlen_q, seqlen_k, scale,
         head_dim, head_dim_v, block_d, block_dv, config.block_n, config.block_m,
-        configs.tail_block(seqlen_q, config.block_m), bias_kind, is_causal, configs.dot_precision(query),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        configs.tail_block(seqlen_q, config.block_m), bias_kind, is_causal, configs.folds(query, bias),
+        configs.dot_precision(query), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 
@@ -318,8 +334,9 @@ def _launch_grad_query(
     grad_query_kernel[configs.grid(batch * num_heads, seqlen_q, config.block_m)](
         grad_output, query, key, value, bias, lse, delta, grad_query,
         grad_output.stride()[:3], query.stride()[:3], key.stride()[:3], value.stride()[:3], bias_strides,
-        grad_query.stride()[:3], num_heads, seqlen_q, seqlen_k, scale, scale * LOG2_E.value,
+        grad_query.stride()[:3], num_heads, seqlen_q, seqlen_k, scale,
         head_dim, head_dim_v, block_d, block_dv, config.block_m, config.block_n,
         config.block_n if is_causal else configs.tail_block(seqlen_k, config.block_n), config.block_k,
-        bias_kind, is_causal, configs.dot_precision(query), num_warps=config.num_warps, num_stages=config.num_stages,
+        bias_kind, is_causal, configs.folds(query, bias), configs.dot_precision(query),
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -2,10 +2,13 @@
 
 Shapes: query [B, H, Nq, D], key [B, H, Nk, D], value [B, H, Nk, Dv], output [B, H, Nq, Dv], LSE [B, H, Nq]. A program
 owns BLOCK_M queries of one head. It visits full key blocks without a bounds check, then one smaller checked tail, so
-that 197 = 3 · 64 + 5 costs 208 keys and not 256. Scores live in the log2 domain: 2^(s log2 e) is one instruction.
+that 197 = 3 · 64 + 5 costs 208 keys and not 256. Exponentials are 2^(x log2 e), which is one instruction. FOLD turns
+scale · s and · log2 e into one multiply-add: right to 2⁻²⁴ of the score, which 16 bits do not see; float32 subtracts
+the maximum first, right to 2⁻²⁴ of the difference.
 Source: Dao 2023, FlashAttention-2, algorithm 1 (online softmax).
 """
 
+# ruff: noqa: N803 - Triton's constexpr parameters are constants and are written as such.
 from __future__ import annotations
 
 import math
@@ -44,9 +47,7 @@ def load_tile(
 
 
 @triton.jit
-def store_tile(
-    base, start, stride, limit, tile, DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr
-):
+def store_tile(base, start, stride, limit, tile, DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr):
     """Store rows ``start``… of a matrix with contiguous rows, up to ``limit`` and DIM."""
     rows = tl.arange(0, BLOCK_ROWS)
     dims = tl.arange(0, BLOCK_DIM)
@@ -62,7 +63,7 @@ def bias_and_mask(
     scores, bias_base, bias_strides, rows, columns, seqlen_q, seqlen_k,
     BIAS: tl.constexpr, IS_CAUSAL: tl.constexpr, CHECK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Add the bias to scores in the log2 domain and put -inf where a key takes no part.
+    """Add the bias to scaled scores and put -inf where a key takes no part.
 
     ``rows`` and ``columns`` are index tensors that broadcast to the scores, in either orientation.
     """
@@ -72,7 +73,7 @@ def bias_and_mask(
         if BIAS == "bool":
             scores = tl.where(bias != 0, scores, float("-inf"))
         else:
-            scores += bias.to(tl.float32) * LOG2_E
+            scores += bias.to(tl.float32)
     if IS_CAUSAL:
         scores = tl.where(columns <= rows, scores, float("-inf"))
     if CHECK_COLUMNS:
@@ -83,31 +84,31 @@ def bias_and_mask(
 @triton.jit
 def _attend(
     accumulator, row_max, row_sum, query, key_base, key_stride, value_base, value_stride, bias_base, bias_strides,
-    rows, start, seqlen_q, seqlen_k, scale_log2,
+    rows, start, seqlen_q, seqlen_k, scale,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_KEYS: tl.constexpr, BIAS: tl.constexpr, IS_CAUSAL: tl.constexpr, CHECKED: tl.constexpr,
-    SCALE_MAX: tl.constexpr, PRECISION: tl.constexpr,
+    FOLD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Fold the key block that begins at ``start`` into the running maximum, sum and output of the query block."""
     key = load_tile(key_base, start, key_stride, seqlen_k, HEAD_DIM, BLOCK_KEYS, BLOCK_D, CHECKED)
     columns = start + tl.arange(0, BLOCK_KEYS)
     scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [BLOCK_M, BLOCK_KEYS]
-    if not SCALE_MAX:
-        scores *= scale_log2
+    if not FOLD:
+        scores *= scale
     scores = bias_and_mask(
         scores, bias_base, bias_strides, rows[:, None], columns[None, :], seqlen_q, seqlen_k, BIAS, IS_CAUSAL, CHECKED
     )
     block_max = tl.max(scores, 1)  # [BLOCK_M]
-    if SCALE_MAX:
-        block_max *= scale_log2
+    if FOLD:
+        block_max *= scale
     new_max = tl.maximum(row_max, block_max)
     # A row that has seen only -inf would compute -inf - -inf; any finite shift gives the right 0. NaN goes through.
     shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-    if SCALE_MAX:
-        probabilities = tl.exp2(scores * scale_log2 - shift[:, None])
+    if FOLD:
+        probabilities = tl.exp2(scores * (scale * LOG2_E) - (shift * LOG2_E)[:, None])
     else:
-        probabilities = tl.exp2(scores - shift[:, None])
-    rescale = tl.exp2(row_max - shift)
+        probabilities = tl.exp2((scores - shift[:, None]) * LOG2_E)
+    rescale = tl.exp2((row_max - shift) * LOG2_E)
     row_sum = row_sum * rescale + tl.sum(probabilities, 1)
     accumulator = accumulator * rescale[:, None]
     value = load_tile(value_base, start, value_stride, seqlen_k, HEAD_DIM_V, BLOCK_KEYS, BLOCK_DV, CHECKED)
@@ -119,10 +120,10 @@ def _attend(
 def attention_forward_kernel(
     query_ptr, key_ptr, value_ptr, bias_ptr, output_ptr, lse_ptr,
     query_strides, key_strides, value_strides, bias_strides, output_strides,
-    num_heads, seqlen_q, seqlen_k, scale_log2,
+    num_heads, seqlen_q, seqlen_k, scale,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_TAIL: tl.constexpr, BIAS: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, SCALE_MAX: tl.constexpr, PRECISION: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head against all of its keys. Strides are those of [B, H, N(, Nk)]."""
     num_blocks = tl.cdiv(seqlen_q, BLOCK_M)
@@ -154,20 +155,20 @@ def attention_forward_kernel(
     for start in tl.range(0, full_end, BLOCK_N):
         accumulator, row_max, row_sum = _attend(
             accumulator, row_max, row_sum, query, key_base, key_stride, value_base, value_stride, bias_base,
-            bias_strides, rows, start, seqlen_q, seqlen_k, scale_log2, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
-            BLOCK_N, BIAS, False, False, SCALE_MAX, PRECISION,
+            bias_strides, rows, start, seqlen_q, seqlen_k, scale, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
+            BLOCK_N, BIAS, False, False, FOLD, PRECISION,
         )  # fmt: skip
     for start in tl.range(full_end, end, BLOCK_TAIL, num_stages=1):
         accumulator, row_max, row_sum = _attend(
             accumulator, row_max, row_sum, query, key_base, key_stride, value_base, value_stride, bias_base,
-            bias_strides, rows, start, seqlen_q, seqlen_k, scale_log2, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
-            BLOCK_TAIL, BIAS, IS_CAUSAL, True, SCALE_MAX, PRECISION,
+            bias_strides, rows, start, seqlen_q, seqlen_k, scale, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
+            BLOCK_TAIL, BIAS, IS_CAUSAL, True, FOLD, PRECISION,
         )  # fmt: skip
 
     # Only a sum of exactly 0 means that no key took part; a sum of NaN must stay NaN.
     empty = row_sum == 0.0
     accumulator *= tl.where(empty, 0.0, 1.0 / row_sum)[:, None]
-    lse = tl.where(empty, float("-inf"), (row_max + tl.log2(row_sum)) * LN_2)
+    lse = tl.where(empty, float("-inf"), row_max + tl.log2(row_sum) * LN_2)
     output_base = output_ptr + batch * output_strides[0] + head * output_strides[1]
     output_stride = tl.cast(output_strides[2], tl.int64)
     store_tile(output_base, first_row, output_stride, seqlen_q, accumulator, HEAD_DIM_V, BLOCK_M, BLOCK_DV)
@@ -212,10 +213,10 @@ def attention_forward(
         attention_forward_kernel[configs.grid(batch * num_heads, seqlen_q, config.block_m)](
             query, key, value, bias, output, lse,
             query.stride()[:3], key.stride()[:3], value.stride()[:3], bias_strides, output.stride()[:3],
-            num_heads, seqlen_q, seqlen_k, scale * LOG2_E.value,
+            num_heads, seqlen_q, seqlen_k, scale,
             head_dim, head_dim_v, block_d, block_dv, config.block_m, config.block_n,
             config.block_n if is_causal else configs.tail_block(seqlen_k, config.block_n), bias_kind, is_causal,
             # The maximum may be scaled after it is taken only where scaling keeps the order of the scores.
-            bias is None and scale > configs.SMALLEST_SCALE, configs.dot_precision(query),
+            configs.folds(query, bias) and scale > configs.SMALLEST_SCALE, configs.dot_precision(query),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip

@@ -28,7 +28,7 @@ SHORT_SPLIT_BLOCKS = 4  # fewer token blocks than this in a span, and the partia
 
 @dataclass(frozen=True)
 class Config:
-    """One launch configuration; block sizes in queries or tokens (m), keys or outputs (n), elements of a patch (k).
+    """One launch configuration: blocks of queries or tokens (m), keys or outputs (n), elements of a patch (k).
 
     In attention, ``block_k`` is the slice of the head dim that one product of float32 rows takes; 0 takes all of it.
     """
@@ -62,7 +62,9 @@ _ATTENTION: dict[tuple[str, int, int, bool], Row] = {
     # The addresses of the bias tile take the registers of half the queries.
     ("attention_forward", 2, 128, True): _row(Config(64, 64, 8, 2), gfx942=Config(64, 32, 4, 1)),
     # The accumulator of 128 × 256 is 128 registers a thread; sm_80 also keeps the queries there.
-    ("attention_forward", 2, 256, False): _row(Config(64, 32, 8, 2), sm_90=Config(128, 32, 8, 2), sm_100=Config(128, 32, 8, 2)),
+    ("attention_forward", 2, 256, False): _row(
+        Config(64, 32, 8, 2), sm_90=Config(128, 32, 8, 2), sm_100=Config(128, 32, 8, 2),
+    ),
     ("attention_forward", 2, 256, True): _row(Config(64, 32, 8, 2), sm_90=Config(128, 16, 8, 2)),
     # Forward, float32. Without matrix instructions a thread holds whole rows and columns of the product: 16 keys, and
     # more warps for wider heads, keep them in registers.
@@ -73,13 +75,23 @@ _ATTENTION: dict[tuple[str, int, int, bool], Row] = {
     ("attention_forward", 4, 256, False): _row(Config(32, 16, 16, 1), gfx942=Config(16, 16, 4, 1)),
     ("attention_forward", 4, 256, True): _row(Config(32, 16, 16, 1), gfx942=Config(16, 16, 4, 1)),
     # dK and dV, 16 bits: two accumulators of block_n rows. Queries come in small blocks, since each brings two tiles.
-    ("grad_key_value", 2, 64, False): _row(Config(64, 64, 8, 2), sm_80=Config(32, 128, 8, 2), gfx942=Config(32, 64, 4, 1)),
+    ("grad_key_value", 2, 64, False): _row(
+        Config(64, 64, 8, 2), sm_80=Config(32, 128, 8, 2), gfx942=Config(32, 64, 4, 1),
+    ),
     ("grad_key_value", 2, 64, True): _row(Config(32, 128, 8, 2), gfx942=Config(32, 64, 4, 1)),
-    ("grad_key_value", 2, 128, False): _row(Config(32, 128, 8, 2), sm_80=Config(64, 64, 8, 2), gfx942=Config(32, 64, 4, 1)),
-    ("grad_key_value", 2, 128, True): _row(Config(64, 64, 8, 2), sm_90=Config(32, 64, 8, 2), gfx942=Config(32, 64, 4, 1)),
+    ("grad_key_value", 2, 128, False): _row(
+        Config(32, 128, 8, 2), sm_80=Config(64, 64, 8, 2), gfx942=Config(32, 64, 4, 1),
+    ),
+    ("grad_key_value", 2, 128, True): _row(
+        Config(64, 64, 8, 2), sm_90=Config(32, 64, 8, 2), gfx942=Config(32, 64, 4, 1),
+    ),
     # 64 keys by wgmma would spill at this width: 32 keys go by mma.sync.
-    ("grad_key_value", 2, 256, False): _row(Config(32, 32, 8, 1), sm_80=Config(16, 64, 8, 1), sm_100=Config(32, 64, 8, 1), gfx942=Config(16, 32, 4, 1)),
-    ("grad_key_value", 2, 256, True): _row(Config(16, 32, 8, 1), sm_100=Config(32, 64, 8, 1), gfx942=Config(16, 32, 4, 1)),
+    ("grad_key_value", 2, 256, False): _row(
+        Config(32, 32, 8, 1), sm_80=Config(16, 64, 8, 1), sm_100=Config(32, 64, 8, 1), gfx942=Config(16, 32, 4, 1),
+    ),
+    ("grad_key_value", 2, 256, True): _row(
+        Config(16, 32, 8, 1), sm_100=Config(32, 64, 8, 1), gfx942=Config(16, 32, 4, 1),
+    ),
     ("grad_key_value", 4, 64, False): _row(Config(16, 64, 8, 1)),
     ("grad_key_value", 4, 64, True): _row(Config(16, 32, 16, 1), gfx942=Config(16, 32, 8, 1)),
     ("grad_key_value", 4, 128, False): _row(Config(16, 32, 16, 1), gfx942=Config(16, 16, 4, 1)),
@@ -89,22 +101,26 @@ _ATTENTION: dict[tuple[str, int, int, bool], Row] = {
     # dQ, 16 bits: one accumulator, and the queries and their gradients stay for the whole loop.
     ("grad_query", 2, 64, False): _row(Config(128, 64, 8, 2), sm_100=Config(128, 32, 8, 2)),
     ("grad_query", 2, 64, True): _row(Config(128, 64, 8, 2), sm_100=Config(128, 32, 8, 2), gfx942=Config(64, 32, 4, 1)),
-    ("grad_query", 2, 128, False): _row(Config(64, 64, 8, 2), sm_100=Config(128, 32, 8, 2), gfx942=Config(64, 32, 4, 1)),
+    ("grad_query", 2, 128, False): _row(
+        Config(64, 64, 8, 2), sm_100=Config(128, 32, 8, 2), gfx942=Config(64, 32, 4, 1),
+    ),
     ("grad_query", 2, 128, True): _row(Config(64, 64, 8, 2), gfx942=Config(64, 32, 4, 1)),
     # As for dK and dV: wgmma's 64 rows would spill at this width.
     ("grad_query", 2, 256, False): _row(Config(64, 32, 8, 1), sm_90=Config(32, 32, 8, 1), gfx942=Config(32, 16, 4, 1)),
     ("grad_query", 2, 256, True): _row(Config(64, 32, 8, 1), sm_90=Config(32, 32, 8, 1), gfx942=Config(32, 16, 4, 1)),
-    ("grad_query", 4, 64, False): _row(Config(64, 32, 8, 1, 32), gfx942=Config(64, 16, 8, 1)),
-    ("grad_query", 4, 64, True): _row(Config(64, 32, 8, 1, 32), gfx942=Config(64, 16, 8, 1)),
-    ("grad_query", 4, 128, False): _row(Config(64, 16, 8, 1, 32), gfx942=Config(16, 16, 4, 1)),
-    ("grad_query", 4, 128, True): _row(Config(64, 16, 8, 1, 32), gfx942=Config(16, 16, 4, 1)),
+    ("grad_query", 4, 64, False): _row(Config(64, 32, 8, 1, 16), gfx942=Config(64, 16, 8, 1)),
+    ("grad_query", 4, 64, True): _row(Config(64, 32, 8, 1, 16), gfx942=Config(64, 16, 8, 1)),
+    ("grad_query", 4, 128, False): _row(Config(32, 32, 8, 1, 16), gfx942=Config(16, 16, 4, 1)),
+    ("grad_query", 4, 128, True): _row(Config(32, 32, 8, 1, 16), gfx942=Config(16, 16, 4, 1)),
     ("grad_query", 4, 256, False): _row(Config(32, 16, 8, 1, 32), gfx942=Config(16, 16, 4, 1)),
     ("grad_query", 4, 256, True): _row(Config(32, 16, 8, 1, 32), gfx942=Config(16, 16, 4, 1)),
 }
 
 _PATCH_EMBED: dict[tuple[str, int, bool], Row] = {
     # 128 × 128 outputs a program are the classic tile of a product of this size; 64 of K are one 128-byte line.
-    ("patch_embed_forward", 2, True): _row(Config(128, 128, 8, 3, 64), sm_80=Config(128, 128, 8, 2, 64), gfx942=Config(128, 128, 8, 2, 32)),
+    ("patch_embed_forward", 2, True): _row(
+        Config(128, 128, 8, 3, 64), sm_80=Config(128, 128, 8, 2, 64), gfx942=Config(128, 128, 8, 2, 32),
+    ),
     ("patch_embed_forward", 4, True): _row(Config(64, 64, 8, 2, 16)),
     # Pixels that come one by one take an address each: tiles a quarter of the size keep them in registers.
     ("patch_embed_forward", 2, False): _row(Config(64, 64, 4, 2, 32)),
@@ -112,11 +128,11 @@ _PATCH_EMBED: dict[tuple[str, int, bool], Row] = {
     # Tokens are the reduction here: block_m of them a step.
     ("patch_embed_backward_weight", 2, True): _row(Config(64, 128, 8, 2, 128), gfx942=Config(32, 128, 8, 2, 128)),
     ("patch_embed_backward_weight", 4, True): _row(Config(16, 64, 8, 2, 64)),
-    ("patch_embed_backward_weight", 2, False): _row(Config(32, 64, 4, 2, 64)),
+    ("patch_embed_backward_weight", 2, False): _row(Config(32, 64, 8, 2, 64)),
     ("patch_embed_backward_weight", 4, False): _row(Config(16, 64, 8, 2, 64)),
     ("patch_embed_backward_images", 2, True): _row(Config(128, 64, 8, 2, 128), gfx942=Config(128, 32, 8, 2, 128)),
     ("patch_embed_backward_images", 4, True): _row(Config(64, 16, 8, 2, 64)),
-    ("patch_embed_backward_images", 2, False): _row(Config(64, 32, 4, 2, 64)),
+    ("patch_embed_backward_images", 2, False): _row(Config(64, 32, 8, 2, 32)),
     ("patch_embed_backward_images", 4, False): _row(Config(64, 16, 8, 2, 64)),
 }
 # fmt: on
@@ -131,6 +147,11 @@ def attention_config(kernel: str, element_size: int, width: int, has_bias: bool,
 def patch_embed_config(kernel: str, element_size: int, is_aligned: bool, family: str) -> Config:
     """Return the row for a patch-embedding kernel, before it is fitted to D and K."""
     return _PATCH_EMBED[kernel, element_size, is_aligned][family]
+
+
+def all_rows() -> list[Row]:
+    """Return every row of both tables."""
+    return [*_ATTENTION.values(), *_PATCH_EMBED.values()]
 
 
 def is_valid(config: Config) -> bool:
@@ -187,6 +208,11 @@ def dot_precision(tensor: Tensor) -> str:
     """Return how float32 products are formed: in full, unless the user has set torch's matmul precision to tf32."""
     tf32 = tensor.dtype == torch.float32 and tensor.is_cuda and torch.version.hip is None
     return "tf32" if tf32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def folds(query: Tensor, bias: Tensor | None) -> bool:
+    """Return whether scale and log2 e may be folded into one product: nothing is added between, and 16 bits suffice."""
+    return bias is None and query.element_size() == 2
 
 
 def device_why_not(device: torch.device, dtype: torch.dtype, *, interpreted: bool) -> list[str]:

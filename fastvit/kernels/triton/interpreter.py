@@ -1,7 +1,9 @@
-"""Repairs to Triton's interpreter, which tests use in place of a GPU: its bfloat16 is not that of the hardware.
+"""Repairs to Triton's interpreter, which tests use in place of a GPU: its arithmetic is not that of the hardware.
 
 The interpreter keeps bfloat16 as 16-bit integers, multiplies those integers in ``tl.dot``, and truncates where hardware
-rounds to nearest even. Seen in Triton 3.8. Nothing here runs, or is imported, when kernels are compiled.
+rounds to nearest even. Its float32 products add in an order that depends on the tile's shape; compiled kernels add in
+the order of the reduction, so that backward recomputes the very scores whose LSE forward saved: their errors cancel.
+Seen in Triton 3.8. Nothing here runs, or is imported, when kernels are compiled.
 """
 
 from __future__ import annotations
@@ -24,6 +26,17 @@ def _narrow(data: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(data), 0x7FC0, rounded).astype(np.uint16).reshape(data.shape)
 
 
+def _fused_chain(left: np.ndarray, right: np.ndarray, accumulator: np.ndarray) -> np.ndarray:
+    """Return accumulator + left right, one fused multiply-add after the other along the reduction.
+
+    A product of two float32 is exact in float64, so each step rounds once, as hardware does.
+    """
+    wide_left, wide_right = left.astype(np.float64), right.astype(np.float64)
+    for k in range(left.shape[1]):
+        accumulator = (accumulator + wide_left[:, k, None] * wide_right[k]).astype(np.float32)
+    return accumulator
+
+
 def repair() -> None:
     """Make the interpreter's bfloat16 casts and dot products those of the hardware; safe to call again."""
     builder = interpreter.InterpreterBuilder
@@ -39,14 +52,16 @@ def repair() -> None:
             return interpreter.TensorHandle(_narrow(source.data), tl.bfloat16)
         return original_cast(self, source, target_type)
 
-    def create_dot(self: Any, left: Any, right: Any, *rest: Any) -> Any:
+    def create_dot(self: Any, left: Any, right: Any, accumulator: Any, precision: Any, imprecise: Any) -> Any:
+        if left.dtype.scalar == tl.float32:
+            return interpreter.TensorHandle(_fused_chain(left.data, right.data, accumulator.data), tl.float32)
         left, right = (
             interpreter.TensorHandle(_widen(operand.data), tl.float32)
             if operand.dtype.scalar == tl.bfloat16
             else operand
             for operand in (left, right)
         )
-        return original_dot(self, left, right, *rest)
+        return original_dot(self, left, right, accumulator, precision, imprecise)
 
     builder.cast_impl, builder.create_dot = cast_impl, create_dot
     builder.bfloat16_is_repaired = True

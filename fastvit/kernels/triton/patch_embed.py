@@ -7,6 +7,7 @@ slabs of ROWS rows of RUN elements, (C, Ph, Pw) for NCHW and (1, Ph, Pw·C) for 
 other difference. Source: Dosovitskiy et al. 2021, equation 1.
 """
 
+# ruff: noqa: N803, N806 - Triton's constexpr parameters are constants and are written as such.
 from __future__ import annotations
 
 from typing import NamedTuple

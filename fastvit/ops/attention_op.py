@@ -1,0 +1,256 @@
+"""The ops ``fastvit::attention`` and ``fastvit::attention_qkvpacked``, in the order of a call: schema → select → fake →
+autograd → autocast.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvit.kernels.spec import AttentionSpec
+from fastvit.ops.autocast import register_autocast
+from fastvit.ops.backends import requested_backend, select
+
+_LIBRARY = torch.library.Library("fastvit", "FRAGMENT")
+_LIBRARY.define(
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? bias, bool is_causal, float scale, str? backend)"
+    " -> (Tensor output, Tensor lse)"
+)
+_LIBRARY.define(
+    "attention_backward(Tensor? grad_output, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor? bias,"
+    " Tensor output, Tensor lse, bool is_causal, float scale, str? backend)"
+    " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)"
+)
+_LIBRARY.define(
+    "attention_qkvpacked(Tensor qkv, Tensor? bias, bool is_causal, float scale, str? backend)"
+    " -> (Tensor output, Tensor lse)"
+)
+_LIBRARY.define(
+    "attention_qkvpacked_backward(Tensor? grad_output, Tensor? grad_lse, Tensor qkv, Tensor? bias, Tensor output,"
+    " Tensor lse, bool is_causal, float scale, str? backend) -> Tensor grad_qkv"
+)
+
+
+def _allocate_outputs(query: Tensor, head_dim_v: int) -> tuple[Tensor, Tensor]:
+    batch, heads, seqlen_q, _ = query.shape
+    output = query.new_empty(batch, seqlen_q, heads, head_dim_v).transpose(1, 2)
+    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return output, query.new_empty(batch, heads, seqlen_q, dtype=lse_dtype)
+
+
+def _allocate_outputs_packed(qkv: Tensor) -> tuple[Tensor, Tensor]:
+    query, _, _ = _unpack(qkv)
+    output, lse = _allocate_outputs(query, query.shape[3])
+    return output.transpose(1, 2), lse
+
+
+def _unpack(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, H, N, D]
+    return query, key, value
+
+
+def _rows_contiguous(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def _spec(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, is_causal: bool) -> AttentionSpec:
+    batch, heads, seqlen_q, head_dim = query.shape
+    return AttentionSpec(
+        batch,
+        heads,
+        seqlen_q,
+        key.shape[2],
+        head_dim,
+        value.shape[3],
+        query.dtype,
+        None if bias is None else bias.dtype,
+        is_causal,
+        query.device,
+    )
+
+
+def _run_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    output: Tensor,
+    lse: Tensor,
+    is_causal: bool,
+    scale: float,
+    backend: str | None,
+) -> None:
+    kernels = select(_spec(query, key, value, bias, is_causal), backend)
+    if lse.numel() == 0:
+        return
+    if key.shape[2] == 0:
+        output.zero_()
+        lse.fill_(-torch.inf)
+        return
+    if bias is not None:
+        bias = bias.expand(*lse.shape, key.shape[2])
+    query, key, value = _rows_contiguous(query), _rows_contiguous(key), _rows_contiguous(value)
+    kernels.attention_forward(query, key, value, bias, output, lse, is_causal=is_causal, scale=scale)
+
+
+def _run_backward(
+    grad_output: Tensor | None,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    output: Tensor,
+    lse: Tensor,
+    grads: tuple[Tensor, Tensor, Tensor],
+    is_causal: bool,
+    scale: float,
+    backend: str | None,
+) -> None:
+    kernels = select(_spec(query, key, value, bias, is_causal), backend)
+    if lse.numel() == 0 or key.shape[2] == 0:
+        for grad in grads:
+            grad.zero_()
+        return
+    if bias is not None:
+        bias = bias.expand(*lse.shape, key.shape[2])
+    grad_output = torch.zeros_like(output) if grad_output is None else _rows_contiguous(grad_output)
+    query, key, value = _rows_contiguous(query), _rows_contiguous(key), _rows_contiguous(value)
+    kernels.attention_backward(
+        grad_output, grad_lse, query, key, value, bias, output, lse, *grads, is_causal=is_causal, scale=scale
+    )
+
+
+@torch.library.impl(_LIBRARY, "attention", "CompositeExplicitAutograd")
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    output, lse = _allocate_outputs(query, value.shape[3])
+    _run_forward(query, key, value, bias, output, lse, is_causal, scale, backend)
+    return output, lse
+
+
+@torch.library.impl(_LIBRARY, "attention_qkvpacked", "CompositeExplicitAutograd")
+def _attention_qkvpacked(
+    qkv: Tensor, bias: Tensor | None, is_causal: bool, scale: float, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    output, lse = _allocate_outputs_packed(qkv)
+    _run_forward(*_unpack(qkv), bias, output.transpose(1, 2), lse, is_causal, scale, backend)
+    return output, lse
+
+
+@torch.library.impl(_LIBRARY, "attention_backward", "CompositeExplicitAutograd")
+def _attention_backward(
+    grad_output: Tensor | None,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    output: Tensor,
+    lse: Tensor,
+    is_causal: bool,
+    scale: float,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
+    _run_backward(grad_output, grad_lse, query, key, value, bias, output, lse, grads, is_causal, scale, backend)
+    return grads
+
+
+@torch.library.impl(_LIBRARY, "attention_qkvpacked_backward", "CompositeExplicitAutograd")
+def _attention_qkvpacked_backward(
+    grad_output: Tensor | None,
+    grad_lse: Tensor | None,
+    qkv: Tensor,
+    bias: Tensor | None,
+    output: Tensor,
+    lse: Tensor,
+    is_causal: bool,
+    scale: float,
+    backend: str | None,
+) -> Tensor:
+    grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    if grad_output is not None:
+        grad_output = grad_output.transpose(1, 2)
+    _run_backward(
+        grad_output,
+        grad_lse,
+        *_unpack(qkv),
+        bias,
+        output.transpose(1, 2),
+        lse,
+        _unpack(grad_qkv),
+        is_causal,
+        scale,
+        backend,
+    )
+    return grad_qkv
+
+
+@torch.library.register_fake("fastvit::attention", lib=_LIBRARY)
+def _attention_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _allocate_outputs(query, value.shape[3])
+
+
+@torch.library.register_fake("fastvit::attention_qkvpacked", lib=_LIBRARY)
+def _attention_qkvpacked_fake(qkv: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _allocate_outputs_packed(qkv)
+
+
+@torch.library.register_fake("fastvit::attention_backward", lib=_LIBRARY)
+def _attention_backward_fake(
+    grad_output: Tensor | None, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+@torch.library.register_fake("fastvit::attention_qkvpacked_backward", lib=_LIBRARY)
+def _attention_qkvpacked_backward_fake(
+    grad_output: Tensor | None, grad_lse: Tensor | None, qkv: Tensor, *_: Any
+) -> Tensor:
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.is_causal, ctx.scale, backend = inputs
+    # The backward may run in another thread, which does not see the enclosing `fastvit.backend` block.
+    ctx.backend = requested_backend(backend)
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.fastvit.attention_backward(
+        grad_output, grad_lse, *ctx.saved_tensors, ctx.is_causal, ctx.scale, ctx.backend
+    )
+    return *grads, None, None, None, None
+
+
+def _differentiate_packed(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad_qkv = torch.ops.fastvit.attention_qkvpacked_backward(
+        grad_output, grad_lse, *ctx.saved_tensors, ctx.is_causal, ctx.scale, ctx.backend
+    )
+    return grad_qkv, None, None, None, None
+
+
+def _refuse_double_backward(ctx: Any, *_: Tensor | None) -> None:
+    raise NotImplementedError("fastvit attention: the second derivative is not supported; use torch's own attention")
+
+
+torch.library.register_autograd("fastvit::attention", _differentiate, setup_context=_save_for_backward, lib=_LIBRARY)
+torch.library.register_autograd(
+    "fastvit::attention_qkvpacked", _differentiate_packed, setup_context=_save_for_backward, lib=_LIBRARY
+)
+for _name in ("attention_backward", "attention_qkvpacked_backward"):
+    torch.library.register_autograd(f"fastvit::{_name}", _refuse_double_backward, lib=_LIBRARY)
+for _name in ("attention", "attention_qkvpacked"):
+    register_autocast(_LIBRARY, getattr(torch.ops.fastvit, _name), _name)

@@ -1,0 +1,80 @@
+"""Random cases for the fuzz tests (hypothesis)."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+from fastvit.testing import AttentionCase, PatchEmbedCase
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# The rule compares the largest of two samples of errors; of a handful of elements that is no statistic, so batches grow
+# until there are this many.
+MIN_ELEMENTS = 1024
+
+
+def fuzz(examples: int) -> settings:
+    """Settings for ``examples`` cases, the same in every run; FASTVIT_FUZZ=N multiplies them and makes them random."""
+    factor = int(os.environ.get("FASTVIT_FUZZ", "0"))
+    return settings(
+        max_examples=examples * max(factor, 1),
+        derandomize=factor == 0,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+@st.composite
+def attention_cases(draw: st.DrawFn, max_seqlen: int = 130) -> AttentionCase:
+    """Any attention problem that the op accepts."""
+    seqlen_q = draw(st.integers(1, max_seqlen))
+    seqlen_k = draw(st.one_of(st.just(seqlen_q), st.integers(1, max_seqlen)))
+    head_dim = draw(st.one_of(st.sampled_from((32, 64, 72, 80, 88, 128)), st.integers(1, 256)))
+    head_dim_v = draw(st.one_of(st.just(head_dim), st.just(head_dim), st.integers(1, 256)))
+    heads = draw(st.integers(1, 4))
+    elements = heads * min(seqlen_q, seqlen_k)  # the LSE, the smallest of the tensors
+    batch = max(draw(st.integers(1, 3)), -(-MIN_ELEMENTS // elements))
+    bias = draw(st.sampled_from((None, None, "bool", "additive", "float32")))
+    shape = (batch, heads, seqlen_q, seqlen_k)
+    return AttentionCase(
+        batch=batch,
+        num_heads=heads,
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        dtype=draw(st.sampled_from(DTYPES)),
+        bias=bias,
+        bias_shape=tuple(size if draw(st.booleans()) else 1 for size in shape) if bias else None,
+        is_causal=draw(st.sampled_from((False, False, True))),
+        scale=draw(st.one_of(st.none(), st.floats(0.01, 0.5))),
+        sharpness=draw(st.sampled_from((1.0, 4.0))),
+        layout=draw(st.sampled_from(("packed", "bnhd", "bhnd"))),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+@st.composite
+def patch_embed_cases(draw: st.DrawFn, max_grid: int = 9) -> PatchEmbedCase:
+    """Any patch embedding that the op accepts."""
+    patch_height = draw(st.one_of(st.sampled_from((4, 8, 14, 16, 32)), st.integers(1, 20)))
+    patch_width = draw(st.one_of(st.just(patch_height), st.integers(1, 20)))
+    channels = draw(st.sampled_from((1, 3, 4)))
+    grid = (draw(st.integers(1, max_grid)), draw(st.integers(1, max_grid)))
+    embed_dim = draw(st.one_of(st.sampled_from((32, 192)), st.integers(1, 200)))
+    elements = min(grid[0] * grid[1], channels * patch_height * patch_width) * embed_dim
+    return PatchEmbedCase(
+        batch=max(draw(st.integers(1, 3)), -(-MIN_ELEMENTS // elements)),
+        in_channels=channels,
+        grid=grid,
+        patch=(patch_height, patch_width),
+        embed_dim=embed_dim,
+        dtype=draw(st.sampled_from(DTYPES)),
+        has_bias=draw(st.booleans()),
+        layout=draw(st.sampled_from(("nchw", "nhwc"))),
+        seed=draw(st.integers(0, 2**16)),
+    )
