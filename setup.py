@@ -1,7 +1,7 @@
 """Builds fastvit._C with ninja: the CPU sources once per instruction set, CUDA sources when nvcc is found.
 
-Environment: FASTVIT_BUILD_CUDA=0|1 (default: 1 if nvcc is found), TORCH_CUDA_ARCH_LIST ("8.0;9.0a"), MAX_JOBS, CXX, NVCC,
-CXXFLAGS. Neither a GPU nor nvcc is needed; without a C++ compiler the package installs with its pure-Python backends.
+Environment: FASTVIT_BUILD_CUDA=0|1 (default: 1 if nvcc is found), TORCH_CUDA_ARCH_LIST ("8.0;9.0a"), MAX_JOBS, CXX,
+CXXFLAGS, NVCC. Neither a GPU nor nvcc is needed; without a C++ compiler the package installs with its pure-Python backends.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     INSTRUCTION_SETS["avx2"] = "-mavx2 -mfma -mf16c"
     # GCC 12's own AVX-512 headers read a register before it is written, on purpose, and warn about it.
     INSTRUCTION_SETS["avx512"] = (
-        "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512 -Wno-maybe-uninitialized"
+        "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
+        " -Wno-maybe-uninitialized"
     )
     INSTRUCTION_SETS["avx512_bf16"] = INSTRUCTION_SETS["avx512"] + " -mavx512bf16"
 
@@ -63,6 +64,7 @@ class BuildNative(build_ext):
     """Writes build.ninja and runs it."""
 
     def build_extension(self, ext: Extension) -> None:
+        """Compile and link ``ext`` where setuptools wants it; without a compiler, say so and leave it out."""
         compiler = shutil.which(os.environ.get("CXX", "c++"))
         if compiler is None:
             named = os.environ.get("CXX", "c++")
@@ -91,22 +93,26 @@ def write_ninja(ninja: Writer, compiler: str, target: Path) -> None:
     defines += f" -DFASTVIT_CUDA_ARCHITECTURES='\"{' '.join(architectures)}\"'"
     defines += "".join(f" -DFASTVIT_BUILT_{name.upper()}" for name in INSTRUCTION_SETS)
     flags = f"-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra {os.environ.get('CXXFLAGS', '')}"
-    depends = {"depfile": "$out.d", "deps": "gcc"}
-    ninja.rule("cxx", f"{compiler} -MMD -MF $out.d {flags} {defines} {includes} $more -c $in -o $out", **depends)
+    command = f"{compiler} -MMD -MF $out.d {flags} {defines} {includes} $more -c $in -o $out"
+    ninja.rule("cxx", command, depfile="$out.d", deps="gcc")
     per_set = ROOT / "csrc/cpu/kernels.cpp"
-    objects = []
+    objects: list[str] = []
     for source in sorted(ROOT.glob("csrc/**/*.cpp")):
         if source != per_set:
-            objects += ninja.build([f"{source.parent.name}_{source.stem}.o"], "cxx", [str(source)])
+            objects.append(f"{source.parent.name}_{source.stem}.o")
+            ninja.build([objects[-1]], "cxx", [str(source)])
     for name, options in INSTRUCTION_SETS.items():
         more = {"more": f"-DFASTVIT_CAPABILITY={name} {options}"}
-        objects += ninja.build([f"kernels_{name}.o"], "cxx", [str(per_set)], variables=more)
+        objects.append(f"kernels_{name}.o")
+        ninja.build([objects[-1]], "cxx", [str(per_set)], variables=more)
     libraries = f"-L{torch}/lib -ltorch_cpu"
     if nvcc and cuda_sources:
         gencode = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in architectures)
-        ninja.rule("nvcc", f"{nvcc} -std=c++20 -O3 -Xcompiler -fPIC {gencode} -MD -MF $out.d -c $in -o $out", **depends)
+        command = f"{nvcc} -std=c++20 -O3 -Xcompiler -fPIC {gencode} -MD -MF $out.d -c $in -o $out"
+        ninja.rule("nvcc", command, depfile="$out.d", deps="gcc")
         for source in cuda_sources:
-            objects += ninja.build([f"cuda_{source.stem}.o"], "nvcc", [str(source)])
+            objects.append(f"cuda_{source.stem}.o")
+            ninja.build([objects[-1]], "nvcc", [str(source)])
         libraries += f" -L{cuda_root(nvcc)}/lib64 -lcudart"
     ninja.rule("link", f"{compiler} -shared $in -o $out {libraries}")
     ninja.build([str(target)], "link", objects)

@@ -1,4 +1,4 @@
-"""The tolerance rule and the cases it is applied to: for our tests, for ``fastvit check``, and for other people's kernels.
+"""The tolerance rule and its cases: for our tests, for ``fastvit check``, and for other people's kernels.
 
 The rule: against float64, the error of an implementation is at most 2 × the error of PyTorch's own implementation in
 the same dtype (the largest over the tensor), plus one rounding of the output dtype.
@@ -113,8 +113,8 @@ class AttentionCase:
     """One attention problem, reproducible from its fields.
 
     ``bias`` is None, "bool", "additive" (query's dtype) or "float32"; ``bias_shape`` has four sizes, 1 where it
-    broadcasts. ``sharpness`` multiplies the queries, so that a wrong scale shows. ``layout`` is how query, key and value
-    lie in memory: "packed" views of [B, N, 3, H, D] (needs equal lengths and head dims), "bnhd" or "bhnd".
+    broadcasts. ``sharpness`` multiplies the queries, so that a wrong scale shows. ``layout`` is how query, key and
+    value lie in memory: "packed" views of [B, N, 3, H, D] (needs equal lengths and head dims), "bnhd" or "bhnd".
     """
 
     batch: int = 2
@@ -183,7 +183,7 @@ def check_attention(
     device: str | torch.device = "cpu",
     backward: bool = True,
 ) -> list[Comparison]:
-    """Run one case forward (and backward) on ``backend`` and apply the rule to the output, the LSE and each gradient."""
+    """Run one case forward (and backward) on ``backend`` and apply the rule to output, LSE and each gradient."""
     tensors = case.tensors(device)
 
     def ours(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-# Before anything imports triton: its interpreter runs the kernels on CPU tensors. Ahead-of-time compilation, which needs
-# it off, happens in processes of its own.
+# Before anything imports triton: its interpreter runs the kernels on CPU tensors. Ahead-of-time compilation, which
+# needs it off, happens in processes of its own.
 os.environ["TRITON_INTERPRET"] = "1"
 
 from collections.abc import Callable, Iterable, Iterator

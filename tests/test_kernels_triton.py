@@ -133,7 +133,7 @@ def bias_for(kind: str, seqlen_q: int, seqlen_k: int, dtype: torch.dtype) -> Ten
 LENGTH_MISSES = {(1, torch.float32): "dP - delta cancels to 0: what is left is the order of two sums"}
 HEAD_DIM_MISSES = {
     (256, torch.float32): "one chain of 256 multiply-adds, where the CPU's product is blocked",
-    (130, torch.float16): "P is rounded to float16 before PV and Δ comes from that output; PyTorch's CPU path keeps float32",
+    (130, torch.float16): "P and dS are rounded to float16; PyTorch's CPU path for Dv != D keeps float32",
     (130, torch.float32): "one chain of 130 multiply-adds, where the CPU's product is blocked",
 }
 

@@ -17,14 +17,14 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def load_error() -> str | None:
     """Load fastvit._C and return None, or why it cannot be used."""
     try:
-        _C = importlib.import_module("fastvit._C")
+        module = importlib.import_module("fastvit._C")
     except ImportError as error:
         return (
             f"fastvit._C cannot be imported ({error}); it is built when fastvit is installed on a machine with a C++ "
             "compiler: pip install --no-build-isolation --force-reinstall --no-deps ."
         )
     try:
-        _C.cpu_capability()
+        module.cpu_capability()
     except RuntimeError as error:
         return str(error)
     return None

@@ -1,5 +1,7 @@
-"""Fused attention, softmax(scale QKᵀ + bias) V without the N×N matrix: the public functions, which check their input and
-call the ops of attention_op.py."""
+"""Fused attention, softmax(scale QKᵀ + bias) V without the N×N matrix: the public functions.
+
+They check their input and call the ops of attention_op.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Autocast for the ops: under ``torch.autocast`` they run in the autocast dtype, as torch's own attention and conv do."""
+"""Autocast for the ops: under ``torch.autocast`` they run in its dtype, as torch's own attention and convolution do."""
 
 from __future__ import annotations
 

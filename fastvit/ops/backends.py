@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
 
-from fastvit.kernels.spec import AttentionSpec, PatchEmbedSpec, Spec
+from fastvit.kernels.spec import AttentionSpec, Spec
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,8 @@ def _select(spec: Spec, name: str | None) -> ModuleType:
 def _warn_reference(device_type: str) -> None:
     others = [name for name in BACKENDS if name != "reference"]
     warnings.warn(
-        f"fastvit runs its plain-torch reference on {device_type!r}: no faster backend has both a committed measurement "
-        f"on this kind of device and a way to run here. Ask for one by name ({', '.join(others)}): "
+        f"fastvit runs its plain-torch reference on {device_type!r}: no faster backend has both a committed "
+        f"measurement on this kind of device and a way to run here. Ask for one by name ({', '.join(others)}): "
         'with fastvit.backend("triton"): …; `fastvit env` says what each can do.',
         stacklevel=2,
     )

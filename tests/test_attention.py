@@ -1,0 +1,496 @@
+"""The attention op through its public functions: values, layouts, features, bad input, and torch's integration."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastvit
+from fastvit.testing import VIT_SEQLENS, AttentionCase, check_attention, vit_attention_cases
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BACKENDS = ("cpu", "reference")
+CAPABILITIES = ("baseline", "avx2", "avx512", "avx512_bf16")
+
+
+def qkv(batch: int = 2, heads: int = 3, seqlen: int = 17, dim: int = 8, **options: object) -> list[Tensor]:
+    return [torch.randn(batch, heads, seqlen, dim, **options) for _ in range(3)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_vit_shapes_hold_the_rule(hold: Callable, backend: str, dtype: torch.dtype) -> None:
+    for case in vit_attention_cases([dtype]):
+        hold(f"attention, {backend}, ViT shapes", check_attention(case, backend), case)
+
+
+@pytest.mark.parametrize(
+    "head_dim", [1, 2, 3, 15, 16, 17, 31, 33, 63, 65, 72, 80, 88, 96, 104, 127, 129, 200, 255, 256]
+)
+def test_every_kind_of_head_dim(hold: Callable, head_dim: int) -> None:
+    for other in (head_dim, 64):
+        case = AttentionCase(4, 3, 37, 41, head_dim, other, layout="bhnd", seed=head_dim)
+        hold("attention, cpu, head dims", check_attention(case, "cpu"), case)
+
+
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(1, 1), (1, 257), (257, 1), (7, 1025), (2, 3000), (1100, 5)])
+def test_cross_lengths(hold: Callable, seqlen_q: int, seqlen_k: int) -> None:
+    # 1025 and 3000 keys take the online softmax over several blocks of keys.
+    case = AttentionCase(8, 12, seqlen_q, seqlen_k, 32, 32, layout="bnhd", sharpness=4.0)
+    hold("attention, cpu, cross lengths", check_attention(case, "cpu"), case)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_wrong_scale_is_seen(backend: str) -> None:
+    case = AttentionCase(sharpness=4.0)
+    tensors = case.tensors()
+    exact = F.scaled_dot_product_attention(*(tensors[name].double() for name in ("query", "key", "value")))
+    torch_result = F.scaled_dot_product_attention(*(tensors[name] for name in ("query", "key", "value")))
+    wrong = fastvit.attention(tensors["query"], tensors["key"], tensors["value"], scale=0.125 * 1.0001, backend=backend)
+    assert not fastvit.testing.compare(wrong, exact, torch_result).passed
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_output_memory_is_bnhd_and_packed_agrees(backend: str) -> None:
+    packed = torch.randn(2, 50, 3, 4, 16)
+    query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)
+    output, lse = fastvit.attention(query, key, value, return_lse=True, backend=backend)
+    assert output.transpose(1, 2).is_contiguous()
+    assert lse.dtype == torch.float32
+    packed_output, packed_lse = fastvit.attention_qkvpacked(packed, return_lse=True, backend=backend)
+    assert packed_output.is_contiguous()
+    assert torch.equal(packed_output, output.transpose(1, 2))
+    assert torch.equal(packed_lse, lse)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_strides_give_the_same_bits(backend: str) -> None:
+    query, key, value = qkv(seqlen=33, dim=24)
+    expected = fastvit.attention(query, key, value, backend=backend)
+
+    def spread(tensor: Tensor) -> Tensor:
+        wide = torch.full([2 * size for size in tensor.shape], torch.nan)
+        view = wide[::2, 1::2, ::2, : tensor.shape[3]]
+        return view.copy_(tensor)
+
+    def transposed(tensor: Tensor) -> Tensor:
+        return tensor.transpose(2, 3).contiguous().transpose(2, 3)
+
+    for layout in (spread, transposed):
+        views = [layout(tensor) for tensor in (query, key, value)]
+        assert torch.equal(fastvit.attention(*views, backend=backend), expected)
+    one_key = key[:1, :1].expand(2, 3, -1, -1)
+    shared = fastvit.attention(query, one_key, value, backend=backend)
+    assert torch.equal(shared, fastvit.attention(query, one_key.contiguous(), value, backend=backend))
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 33, 33), (1, 1, 33, 33), (2, 1, 1, 33), (1, 3, 33, 1), (1, 1, 1, 1), (33, 33)]
+)
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+def test_bias_broadcasts_without_a_copy(kind: str, shape: tuple[int, ...]) -> None:
+    query, key, value = qkv(seqlen=33, dim=24)
+    bias = torch.randn(shape)
+    bias = bias > -0.5 if kind == "bool" else bias
+    expected = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), _double(bias))
+    result = fastvit.attention(query, key, value, bias=bias, backend="cpu")
+    torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-6)
+    odd = torch.randn(2, 3, 33, 40)[..., 3:36]
+    result = fastvit.attention(query, key, value, bias=odd, backend="cpu")
+    torch.testing.assert_close(
+        result.double(),
+        F.scaled_dot_product_attention(query.double(), key.double(), value.double(), odd.double()),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+def _double(bias: Tensor) -> Tensor:
+    return bias if bias.dtype == torch.bool else bias.double()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fully_masked_rows_are_zero_with_zero_gradients(backend: str) -> None:
+    query, key, value = (tensor.requires_grad_() for tensor in qkv(seqlen=20))
+    mask = torch.ones(20, 20, dtype=torch.bool)
+    mask[3] = False
+    mask[:, 7] = False
+    output, lse = fastvit.attention(query, key, value, bias=mask, return_lse=True, backend=backend)
+    assert (output[:, :, 3] == 0).all()
+    assert (lse[:, :, 3] == -torch.inf).all()
+    grads = torch.autograd.grad(output.sum(), (query, key, value))
+    assert all(grad.isfinite().all() for grad in grads)
+    assert (grads[0][:, :, 3] == 0).all()
+    assert (grads[1][:, :, 7] == 0).all()
+    assert (grads[2][:, :, 7] == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("where", [0, 1, 2])
+def test_nan_and_inf_arrive_where_torch_has_them(backend: str, where: int, value: float) -> None:
+    tensors = qkv(seqlen=40)
+    tensors[where][1, 2, 5, 3] = value
+    result = fastvit.attention(*tensors, backend=backend)
+    expected = F.scaled_dot_product_attention(*tensors)
+    assert torch.equal(result.isnan(), expected.isnan())
+    finite = expected.isfinite()
+    assert torch.equal(result.isfinite(), finite)
+    torch.testing.assert_close(result[finite], expected[finite], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_of_nan_scores_is_nan_not_zero(backend: str) -> None:
+    query, key, value = qkv()
+    query[0, 0, 2] = torch.nan
+    assert fastvit.attention(query, key, value, backend=backend)[0, 0, 2].isnan().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(0, 3, 5, 8), (2, 0, 5, 8), (2, 3, 0, 8)])
+def test_empty_sizes_give_what_sdpa_gives(backend: str, shape: tuple[int, ...]) -> None:
+    query, key, value = (torch.randn(shape, requires_grad=True) for _ in range(3))
+    result = fastvit.attention(query, key, value, backend=backend)
+    assert result.shape == F.scaled_dot_product_attention(query, key, value).shape
+    assert [grad.shape for grad in torch.autograd.grad(result.sum(), (query, key, value))] == [query.shape] * 3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_keys_give_what_sdpa_gives(backend: str) -> None:
+    query = torch.randn(2, 3, 5, 8, requires_grad=True)
+    key, value = (torch.randn(2, 3, 0, 8, requires_grad=True) for _ in range(2))
+    result, lse = fastvit.attention(query, key, value, return_lse=True, backend=backend)
+    assert torch.equal(result, F.scaled_dot_product_attention(query, key, value))
+    assert (lse == -torch.inf).all()
+    assert (torch.autograd.grad(result.sum(), query)[0] == 0).all()
+
+
+def test_more_heads_than_a_grid_dimension_holds() -> None:
+    query, key, value = qkv(batch=70_000, heads=1, seqlen=2, dim=4)
+    torch.testing.assert_close(
+        fastvit.attention(query, key, value, backend="cpu"), F.scaled_dot_product_attention(query, key, value)
+    )
+
+
+def test_addresses_past_two_to_the_31_elements(tmp_path: Path) -> None:
+    # A sparse file: of the 9.6 GB only the pages that the two batches touch exist.
+    stride = 2_400_000_000
+    size = 2 * (2 * stride + 4096)
+    (tmp_path / "sparse").touch()
+    os.truncate(tmp_path / "sparse", size)
+    buffer = torch.UntypedStorage.from_file(str(tmp_path / "sparse"), True, size)
+    tensors = []
+    for offset in (0, 1024, 2048):
+        view = torch.empty(0, dtype=torch.float16).set_(buffer, offset, (2, 2, 5, 16), (stride, 80, 16, 1))
+        tensors.append(view.copy_(torch.randn(2, 2, 5, 16)))
+    result = fastvit.attention(*tensors, backend="cpu")
+    dense = fastvit.attention(*(tensor.contiguous() for tensor in tensors), backend="cpu")
+    assert torch.equal(result, dense)
+    assert not torch.equal(dense[0], dense[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lse_and_its_gradient(backend: str) -> None:
+    tensors = [tensor.double().requires_grad_() for tensor in qkv(seqlen=9, dim=4)]
+
+    def both(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        return fastvit.attention(*tensors, return_lse=True, backend=backend)
+
+    scores = tensors[0] @ tensors[1].mT * 4**-0.5
+    torch.testing.assert_close(both(*tensors)[1], scores.logsumexp(-1))
+    assert torch.autograd.gradcheck(both, tensors)
+    only_lse = torch.autograd.grad(both(*tensors)[1].sum(), tensors[:2])
+    torch.testing.assert_close(only_lse, torch.autograd.grad(scores.logsumexp(-1).sum(), tensors[:2]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("option", ["plain", "causal", "bool", "additive", "packed"])
+def test_gradcheck_in_float64(backend: str, option: str) -> None:
+    tensors = [torch.randn(2, 2, n, d, dtype=torch.float64, requires_grad=True) for n, d in ((5, 3), (7, 3), (7, 4))]
+    bias = {"bool": torch.rand(2, 1, 5, 7) > 0.3, "additive": torch.randn(1, 2, 5, 7).double()}.get(option)
+    if option == "packed":
+        packed = torch.randn(2, 6, 3, 2, 4, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(
+            lambda t: fastvit.attention_qkvpacked(t, return_lse=True, backend=backend), (packed,)
+        )
+        return
+    assert torch.autograd.gradcheck(
+        lambda *t: fastvit.attention(*t, bias=bias, is_causal=option == "causal", backend=backend), tensors
+    )
+
+
+def test_float64_is_computed_in_float64() -> None:
+    tensors = qkv(seqlen=197, dim=64, dtype=torch.float64)
+    torch.testing.assert_close(
+        fastvit.attention(*tensors, backend="cpu"), F.scaled_dot_product_attention(*tensors), rtol=1e-12, atol=1e-13
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_repeated_runs_and_thread_counts_give_the_same_bits(backend: str) -> None:
+    packed = torch.randn(2, 197, 3, 5, 64, requires_grad=True)
+    grad = torch.randn(2, 197, 5, 64)
+
+    def run() -> tuple[Tensor, Tensor]:
+        output = fastvit.attention_qkvpacked(packed, backend=backend)
+        return output.detach(), torch.autograd.grad(output, packed, grad)[0]
+
+    threads = torch.get_num_threads()
+    first = run()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            # The reference is torch's own matrix product, whose order of summation torch may change with the threads.
+            if backend == "cpu" or count == threads:
+                assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_two_threads_at_once() -> None:
+    inputs = [torch.randn(2, 50 + i, 3, 4, 32) for i in range(4)]
+    expected = [fastvit.attention_qkvpacked(packed, backend="cpu") for packed in inputs]
+    failures: list[int] = []
+
+    def work(index: int) -> None:
+        for _ in range(20):
+            if not torch.equal(fastvit.attention_qkvpacked(inputs[index], backend="cpu"), expected[index]):
+                failures.append(index)
+
+    workers = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert failures == []
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_each_instruction_set_holds_the_rule(capability: str) -> None:
+    from fastvit import _C
+
+    if not dict(_C.cpu_capabilities()).get(capability):
+        pytest.skip(f"this build or this processor has no {capability}")
+    code = (
+        "import torch, fastvit._C as C\n"
+        "from fastvit.testing import *\n"
+        f"assert C.cpu_capability() == {capability!r}\n"
+        "dtypes = [torch.float32, torch.bfloat16, torch.float16]\n"
+        "for case in vit_attention_cases(dtypes):\n"
+        "    if case.seqlen_q <= 257:\n"
+        "        for result in check_attention(case, 'cpu'): assert result.passed, (case, str(result))\n"
+        "for case in vit_patch_embed_cases(dtypes):\n"
+        "    for result in check_patch_embed(case, 'cpu'): assert result.passed, (case, str(result))\n"
+        "print('held')\n"
+    )
+    environment = {"FASTVIT_CPU_CAPABILITY": capability, "PATH": "/usr/bin:/bin"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert result.stdout == "held\n", result.stderr
+
+
+def test_sdpa_signature_and_meaning() -> None:
+    query, key, value = qkv(seqlen=21, dim=16)
+    mask = torch.rand(2, 1, 21, 21) > 0.2
+    for arguments, options in (((), {}), ((mask,), {}), ((None, 0.0, True), {}), ((), {"scale": 0.3})):
+        torch.testing.assert_close(
+            fastvit.scaled_dot_product_attention(query, key, value, *arguments, **options),
+            F.scaled_dot_product_attention(query, key, value, *arguments, **options),
+            rtol=1e-5,
+            atol=1e-6,
+        )
+    for shape in ((21, 16), (4, 21, 16), (2, 3, 4, 21, 16)):
+        tensors = [torch.randn(shape) for _ in range(3)]
+        for attn_mask in (None, torch.rand(*shape[:-2], 21, 21) > 0.2, torch.rand(21, 21) > 0.2):
+            torch.testing.assert_close(
+                fastvit.scaled_dot_product_attention(*tensors, attn_mask),
+                F.scaled_dot_product_attention(*tensors, attn_mask),
+                rtol=1e-5,
+                atol=1e-6,
+            )
+    torch.testing.assert_close(
+        fastvit.scaled_dot_product_attention(torch.cat([query, query], 1), key, value, enable_gqa=True),
+        F.scaled_dot_product_attention(torch.cat([query, query], 1), key, value, enable_gqa=True),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+BAD_INPUT: list[tuple[str, Callable[[], object], type[Exception], str]] = [
+    ("rank", lambda: fastvit.attention(torch.zeros(2, 3, 4), *qkv()[1:]), ValueError, r"query: got shape \(2, 3, 4\)"),
+    ("type", lambda: fastvit.attention(None, *qkv()[1:]), TypeError, "query: got NoneType"),
+    ("heads", lambda: fastvit.attention(*qkv(heads=2)[:1], *qkv()[1:]), ValueError, r"key: got shape \(2, 3, 17, 8\)"),
+    ("batch", lambda: fastvit.attention(*qkv(batch=1)[:1], *qkv()[1:]), ValueError, "key: got shape"),
+    ("head_dim", lambda: fastvit.attention(*qkv(dim=4)[:1], *qkv()[1:]), ValueError, r"any, 4\)"),
+    ("value", lambda: fastvit.attention(*qkv()[:2], *qkv(seqlen=5)[:1]), ValueError, "value: got shape"),
+    ("device", lambda: fastvit.attention(*qkv()[:1], *qkv(device="meta")[1:]), ValueError, "key: got device meta"),
+    ("dtype", lambda: fastvit.attention(*qkv()[:1], *qkv(dtype=torch.float64)[1:]), TypeError, "key: got dtype"),
+    ("integer", lambda: fastvit.attention(*[t.long() for t in qkv()]), TypeError, "query: got dtype torch.int64"),
+    ("complex", lambda: fastvit.attention(*qkv(dtype=torch.complex64)), TypeError, "query: got dtype torch.complex64"),
+    ("head_dim 0", lambda: fastvit.attention(*qkv(dim=0)), ValueError, "head_dim 0; accepted are 1 to 256"),
+    ("head_dim 257", lambda: fastvit.attention(*qkv(dim=257)), ValueError, "head_dim 257"),
+    ("scale -1", lambda: fastvit.attention(*qkv(), scale=-1.0), ValueError, "scale: got -1.0"),
+    ("scale nan", lambda: fastvit.attention(*qkv(), scale=float("nan")), ValueError, "scale: got nan"),
+    ("scale str", lambda: fastvit.attention(*qkv(), scale="1"), TypeError, "scale: got str"),
+    ("backend", lambda: fastvit.attention(*qkv(), backend="fast"), ValueError, "backend: got 'fast'; accepted are"),
+    ("mask shape", lambda: fastvit.attention(*qkv(), bias=torch.zeros(2, 2, 1, 1)), ValueError, "bias: got shape"),
+    ("mask rank", lambda: fastvit.attention(*qkv(), bias=torch.zeros(1, 1, 1, 1, 1)), ValueError, "bias: got shape"),
+    (
+        "mask dtype",
+        lambda: fastvit.attention(*qkv(), bias=torch.ones(1, dtype=torch.int32)),
+        TypeError,
+        "bias: got dtyp",
+    ),
+    (
+        "mask device",
+        lambda: fastvit.attention(*qkv(), bias=torch.ones(1, device="meta")),
+        ValueError,
+        "bias: got device",
+    ),
+    (
+        "bias gradient",
+        lambda: fastvit.attention(*qkv(), bias=torch.zeros(17, 17, requires_grad=True)),
+        NotImplementedError,
+        "bias: requires grad",
+    ),
+    ("packed", lambda: fastvit.attention_qkvpacked(torch.zeros(2, 5, 4, 3, 8)), ValueError, "qkv: got shape"),
+    ("packed rank", lambda: fastvit.attention_qkvpacked(torch.zeros(2, 5, 24)), ValueError, "qkv: got shape"),
+    (
+        "dropout",
+        lambda: fastvit.scaled_dot_product_attention(*qkv(), dropout_p=0.1),
+        NotImplementedError,
+        "dropout_p: got 0.1",
+    ),
+    (
+        "mask and causal",
+        lambda: fastvit.scaled_dot_product_attention(*qkv(), torch.ones(17, 17) > 0, is_causal=True),
+        ValueError,
+        "attn_mask: got a mask together with is_causal",
+    ),
+    (
+        "gqa",
+        lambda: fastvit.scaled_dot_product_attention(*qkv(heads=3)[:1], *qkv(heads=2)[1:], enable_gqa=True),
+        ValueError,
+        "key: got shape",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"), [row[1:] for row in BAD_INPUT], ids=[row[0] for row in BAD_INPUT]
+)
+def test_bad_input_names_the_argument(call: Callable[[], object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_second_derivative_is_refused() -> None:
+    query, key, value = (tensor.requires_grad_() for tensor in qkv())
+    grad = torch.autograd.grad(fastvit.attention(query, key, value).sum(), query, create_graph=True)[0]
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend: str) -> None:
+    query, key, value = (tensor.requires_grad_() for tensor in qkv())
+    bias = torch.randn(1, 3, 17, 1)
+    packed = torch.randn(2, 9, 3, 2, 8, requires_grad=True)
+    output, lse = torch.ops.fastvit.attention(query, key, value, bias, False, 0.3, backend)
+    grad = torch.randn_like(output)
+    with torch.no_grad():
+        forward = (query.detach(), key.detach(), value.detach(), bias, output.detach(), lse.detach(), False, 0.3)
+    for op, arguments in (
+        (torch.ops.fastvit.attention, (query, key, value, bias, False, 0.3, backend)),
+        (torch.ops.fastvit.attention, (query, key, value, None, True, 0.3, None)),
+        (torch.ops.fastvit.attention_qkvpacked, (packed, None, False, 0.3, backend)),
+        (torch.ops.fastvit.attention_backward, (grad, None, *forward, backend)),
+    ):
+        torch.library.opcheck(op.default, arguments)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_without_graph_breaks(dynamic: bool) -> None:
+    def layer(packed: Tensor, bias: Tensor) -> Tensor:
+        return fastvit.attention_qkvpacked(packed * 2, bias=bias).flatten(2) + 1
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic)
+    for seqlen in (10, 13):
+        packed = torch.randn(2, seqlen, 3, 2, 8, requires_grad=True)
+        bias = torch.randn(seqlen, seqlen)
+        expected = layer(packed, bias)
+        torch.testing.assert_close(compiled(packed, bias), expected)
+        grads = [torch.autograd.grad(f(packed, bias).square().sum(), packed)[0] for f in (layer, compiled)]
+        torch.testing.assert_close(*grads)
+
+
+def test_export_keeps_the_op_and_runs() -> None:
+    class Layer(torch.nn.Module):
+        def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return fastvit.attention(query, key, value)
+
+    program = torch.export.export(Layer(), tuple(qkv()), dynamic_shapes=[{0: torch.export.Dim("batch")}] * 3)
+    assert "fastvit.attention" in str(program.graph)
+    tensors = qkv(batch=5)
+    assert torch.equal(program.module()(*tensors), fastvit.attention(*tensors))
+
+
+def test_autocast_runs_in_its_dtype() -> None:
+    query, key, value = (tensor.requires_grad_() for tensor in qkv())
+    with torch.autocast("cpu", torch.bfloat16):
+        # As behind a QK norm, which autocast keeps in float32, beside a value that a linear layer made bfloat16.
+        output = fastvit.attention(query, key, value.bfloat16(), bias=torch.randn(17, 17))
+    assert output.dtype == torch.bfloat16
+    grad = torch.autograd.grad(output.sum(), query)[0]
+    assert grad.dtype == torch.float32
+    assert grad.abs().sum() > 0
+
+
+def test_inference_mode_and_checkpointing() -> None:
+    packed = torch.randn(2, 9, 3, 2, 8, requires_grad=True)
+    with torch.inference_mode():
+        assert torch.equal(fastvit.attention_qkvpacked(packed), fastvit.attention_qkvpacked(packed.detach()))
+    plain = torch.autograd.grad(fastvit.attention_qkvpacked(packed).sum(), packed)[0]
+    saved = torch.utils.checkpoint.checkpoint(fastvit.attention_qkvpacked, packed, use_reentrant=False)
+    assert torch.equal(torch.autograd.grad(saved.sum(), packed)[0], plain)
+
+
+def test_inputs_are_left_as_they_were() -> None:
+    tensors = qkv()
+    before = copy.deepcopy(tensors)
+    fastvit.attention(*tensors, bias=torch.zeros(17, 17), is_causal=True)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_expanded_grad_output(hold: Callable, dtype: torch.dtype) -> None:
+    # output.sum().backward() sends a gradient whose every stride is 0.
+    case = replace(AttentionCase(seqlen_q=50, seqlen_k=50), dtype=dtype)
+    tensors = case.tensors()
+    names = ("query", "key", "value")
+
+    def grads(function: Callable, cast: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        leaves = [cast(tensors[name]).detach().requires_grad_() for name in names]
+        return torch.autograd.grad(function(*leaves).sum(), leaves)
+
+    ours = grads(lambda *t: fastvit.attention(*t, backend="cpu"), lambda t: t)
+    exact = grads(F.scaled_dot_product_attention, lambda t: t.double())
+    theirs = grads(F.scaled_dot_product_attention, lambda t: t)
+    # The gradients of query and key are zero but for rounding, so only value's can be compared by the rule.
+    hold("attention, cpu, expanded grad_output", [fastvit.testing.compare(ours[2], exact[2], theirs[2], "grad_value")])
+    assert all((a - b).abs().max() < 0.02 for a, b in zip(ours[:2], theirs[:2], strict=True))
+
+
+def test_every_vit_length_is_in_the_cases() -> None:
+    lengths = {case.seqlen_q for case in vit_attention_cases([torch.float32])}
+    assert set(VIT_SEQLENS) <= lengths
