@@ -1,7 +1,7 @@
 """Builds fastvit._C with ninja: the CPU sources once per instruction set, CUDA sources when nvcc is found.
 
 Environment: FASTVIT_BUILD_CUDA=0|1 (default: 1 if nvcc is found), TORCH_CUDA_ARCH_LIST ("8.0;9.0a"), MAX_JOBS, CXX,
-CXXFLAGS, NVCC. Neither a GPU nor nvcc is needed; without a C++ compiler the package installs with its pure-Python backends.
+CXXFLAGS, NVCC. Neither a GPU nor nvcc is needed; without a C++ compiler the pure-Python backends are installed alone.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ class BuildNative(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(build / "build.ninja", "w") as file:
-            write_ninja(Writer(file, width=1000), compiler, target)
+            # Its annotation says str; it takes a file. Lines must not wrap inside quoted defines.
+            write_ninja(Writer(file, width=1000), compiler, target)  # type: ignore[arg-type]
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         subprocess.run([Path(BIN_DIR) / "ninja", "-C", build, *jobs], check=True)
 

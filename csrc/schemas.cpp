@@ -1,5 +1,5 @@
-// Every native op's schema, once. The public ops (fastvit::attention, …) are defined in Python, so that they exist without
-// a compiler; these are what the `cpu` backend calls. Outputs are allocated by the caller and written in place.
+// Every native op's schema, once. The public ops (fastvit::attention, …) are defined in Python, so that they exist
+// without a compiler; these are what the `cpu` backend calls. Outputs are allocated by the caller and written in place.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(fastvit_native, m) {

@@ -182,8 +182,15 @@ def check_attention(
     backend: str | None = None,
     device: str | torch.device = "cpu",
     backward: bool = True,
+    written_out: bool = False,
 ) -> list[Comparison]:
-    """Run one case forward (and backward) on ``backend`` and apply the rule to output, LSE and each gradient."""
+    """Run one case forward (and backward) on ``backend`` and apply the rule to output, LSE and each gradient.
+
+    PyTorch's own implementation is ``scaled_dot_product_attention``, whatever path it takes on this device; with
+    ``written_out`` it is softmax(QKᵀ)V in the same dtype, operation by operation, as in flash-attention's tests. That
+    is the yardstick for a GPU kernel in an interpreter: it rounds P and dS to 16 bits for the matrix units, as
+    PyTorch's own GPU kernels do, while PyTorch's CPU path keeps them in float32.
+    """
     tensors = case.tensors(device)
 
     def ours(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -197,11 +204,18 @@ def check_attention(
         output = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=case.scale)
         return output, _torch_lse(query, key, mask, causal, case.scale)
 
+    def plain(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        mask, causal = _torch_mask(bias, query, key, case.is_causal)
+        scores = _scores(query, key, mask, causal, case.scale)
+        empty = (scores == -torch.inf).all(dim=-1, keepdim=True)
+        probabilities = torch.softmax(scores.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
+        return probabilities @ value, torch.logsumexp(scores.float(), dim=-1)
+
     exact = {name: None if t is None else t.double() if t.dtype != torch.bool else t for name, t in tensors.items()}
     results = (
         _run_attention(ours, tensors, backward),
         _run_attention(theirs, exact, backward),
-        _run_attention(theirs, tensors, backward),
+        _run_attention(plain if written_out else theirs, tensors, backward),
     )
     names = ("output", "lse", "grad_query", "grad_key", "grad_value")
     return [compare(actual, expected, own, name) for name, actual, expected, own in zip(names, *results, strict=False)]
@@ -218,12 +232,16 @@ def _torch_mask(bias: Tensor | None, query: Tensor, key: Tensor, is_causal: bool
 
 def _torch_lse(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None) -> Tensor:
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    scores = query.to(dtype) @ key.to(dtype).transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    return torch.logsumexp(_scores(query.to(dtype), key.to(dtype), mask, is_causal, scale), dim=-1)
+
+
+def _scores(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None) -> Tensor:
+    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if is_causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    return torch.logsumexp(scores, dim=-1)
+    return scores
 
 
 def _run_attention(

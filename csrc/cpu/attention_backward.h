@@ -4,8 +4,8 @@
 // P dP, minus dLSE; dS^T = P^T (dP^T - delta). Then dQ^T = K^T dS^T, and into the head's accumulators dV += P^T dO and
 // dK += scale dS^T Q. A block has its whole rows at hand, so P is normalised afresh: exp(S - LSE) would carry the
 // rounding of the LSE, half an ulp of a number near 30 for sharp logits, into every gradient. For the same reason delta
-// comes from P and dP and not from dO · O, and dP is first centred on its value at the row's largest key: where that key
-// has nearly all the weight, dP - delta is a difference of nearly equal numbers, and centring takes it exactly.
+// comes from P and dP and not from dO · O, and dP is first centred on its value at the row's largest key: where that
+// key has nearly all the weight, dP - delta is a difference of nearly equal numbers, and centring takes it exactly.
 #pragma once
 
 #include "attention_common.h"
@@ -95,8 +95,7 @@ class AttentionBackward {
       }
     }
     transpose(grad_query_lanes_, W, padded_dim_, block.vectors() * L, grad_query_rows_, padded_dim_);
-    write(p_.grad_query, block.batch, block.head, block.first, block.count, grad_query_rows_, padded_dim_,
-          p_.head_dim);
+    write(p_.grad_query, block.batch, block.head, block.first, block.count, grad_query_rows_, padded_dim_, p_.head_dim);
   }
 
   // Turns the scores into P and dP into dS, for vector v of the queries.

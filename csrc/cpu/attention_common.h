@@ -1,8 +1,8 @@
 // What the forward and the backward kernel share: the block of queries, its scores, bias and causal mask.
 //
-// Everything is computed transposed, one query per vector lane: S^T [keys][queries] = K · Q^T. Then the softmax runs down
-// the lanes without a horizontal reduction, keys need no padding, and K and V are broadcast operands, which float32 reads
-// in place from whatever strides the caller has (16-bit inputs are widened once per head).
+// Everything is computed transposed, one query per vector lane: S^T [keys][queries] = K · Q^T. Then the softmax runs
+// down the lanes without a horizontal reduction, keys need no padding, and K and V are broadcast operands, which
+// float32 reads in place from whatever strides the caller has (16-bit inputs are widened once per head).
 #pragma once
 
 #include "arena.h"
@@ -44,8 +44,8 @@ Matrix<Compute<In>> widen_head(const View4& view, int64_t batch, int64_t head, i
 // Loads `count` rows of a head, scaled, into `rows` [kPanel][padded], zero beyond the data, and transposes them into
 // `lanes` [padded][kPanel]: one row per lane.
 template <class In>
-void load_lanes(const In* source, int64_t stride, int64_t count, int64_t columns, Compute<In> factor,
-                Compute<In>* rows, Compute<In>* lanes) {
+void load_lanes(const In* source, int64_t stride, int64_t count, int64_t columns, Compute<In> factor, Compute<In>* rows,
+                Compute<In>* lanes) {
   using T = Compute<In>;
   const int64_t padded = round_up(columns, kLanes<T>);
   for (int64_t r = 0; r < kPanel<T>; ++r) {
@@ -158,8 +158,9 @@ void mask_causal(const QueryBlock<T>& block, int64_t first_key, int64_t keys, T*
   }
 }
 
-// Keys that a sum over a row takes in before it is added to the row's total. In a sharp row one key outweighs the others,
-// and every later addition to it would be rounded at its size; hundreds of those are what the tolerance does not allow.
+// Keys that a sum over a row takes in before it is added to the row's total. In a sharp row one key outweighs the
+// others, and every later addition to it would be rounded at its size; hundreds of those are what the tolerance does
+// not allow.
 constexpr int64_t kSumKeys = 32;
 
 // The largest score of each lane over the keys, NaN ignored; -inf without keys.
@@ -170,8 +171,8 @@ Vec<T> maximum_of_lanes(const T* scores, int64_t keys) {
   return maximum(high[0], high[1]);
 }
 
-// The softmax scale, in two factors: a power of two (the scale of head dims 16, 64 and 256) is multiplied into the queries,
-// exactly; any other would round each of them, so it is left for the scores.
+// The softmax scale, in two factors: a power of two (the scale of head dims 16, 64 and 256) is multiplied into the
+// queries, exactly; any other would round each of them, so it is left for the scores.
 template <class T>
 struct Scale {
   explicit Scale(double scale) {
@@ -186,10 +187,10 @@ struct Scale {
 
 // S^T = K · Q^T · scale (+ bias, causal mask) for keys [first_key, first_key + keys).
 template <class T>
-void compute_scores(const AttentionParams& p, const QueryBlock<T>& block, Matrix<T> key, const T* query_lanes,
-                    T scale, int64_t first_key, int64_t keys, T* scores, T* bias_rows, T* bias_lanes) {
-  TileArgs<T> args{key.data + first_key * key.stride, key.stride, 1,         query_lanes, kPanel<T>, scores,
-                   kPanel<T>,                         p.head_dim};
+void compute_scores(const AttentionParams& p, const QueryBlock<T>& block, Matrix<T> key, const T* query_lanes, T scale,
+                    int64_t first_key, int64_t keys, T* scores, T* bias_rows, T* bias_lanes) {
+  TileArgs<T> args{
+      key.data + first_key * key.stride, key.stride, 1, query_lanes, kPanel<T>, scores, kPanel<T>, p.head_dim};
   panel_product<T, false>(keys, block.vectors(), args);
   if (scale != T(1)) {
     for (int64_t i = 0; i < keys * kPanel<T>; i += kLanes<T>) store(scores + i, load(scores + i) * scale);

@@ -74,7 +74,8 @@ class AttentionForward {
       const int64_t keys = min64(keys_per_block_, all_keys - first_key);
       compute_scores(p_, block, key_, query_lanes_, scale_.scores, first_key, keys, scores_, bias_rows_, bias_lanes_);
       for (int v = 0; v < block.vectors(); ++v) softmax_lanes(v, keys, first_key > 0);
-      const TileArgs<T> args{value_.data + first_key * value_.stride, 1, value_.stride, scores_, W, output_lanes_, W, keys};
+      const TileArgs<T> args{
+          value_.data + first_key * value_.stride, 1, value_.stride, scores_, W, output_lanes_, W, keys};
       if (first_key == 0) {
         panel_product<T, false>(p_.head_dim_v, block.vectors(), args);
       } else {

@@ -5,9 +5,9 @@
 
 namespace fastvit::cpu {
 
-#define FASTVIT_DECLARE(name)        \
-  namespace name {                   \
-  extern const KernelTable kTable;   \
+#define FASTVIT_DECLARE(name)      \
+  namespace name {                 \
+  extern const KernelTable kTable; \
   }
 #ifdef FASTVIT_BUILT_AVX512_BF16
 FASTVIT_DECLARE(avx512_bf16)

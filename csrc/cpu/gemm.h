@@ -48,8 +48,8 @@ struct MultiplyPairs {
 };
 #endif
 
-// Terms that a register sums up before it is added to C. A long chain of additions loses digits that PyTorch, which sums
-// blocks or lanes, keeps; a small tile has time for short chains, and PyTorch's small products have the shortest.
+// Terms that a register sums up before it is added to C. A long chain of additions loses digits that PyTorch, which
+// sums blocks or lanes, keeps; a small tile has time for short chains, and PyTorch's small products have the shortest.
 template <int Rows, int Vectors>
 constexpr int64_t kChain = Rows * Vectors <= kTileRows ? 8 : 32;
 

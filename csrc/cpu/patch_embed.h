@@ -25,7 +25,7 @@ struct Split {
   int64_t length(int64_t part) const { return min64(size, total - part * size); }
 };
 
-constexpr int64_t kWeightRows = 192;   // rows of W per forward task: 192 · 768 · 4 bytes fit the second-level cache
+constexpr int64_t kWeightRows = 192;    // rows of W per forward task: 192 · 768 · 4 bytes fit the second-level cache
 constexpr int64_t kForwardTokens = 56;  // tokens per forward task: four full tiles, whose patches stay in cache
 constexpr int64_t kPatchColumns = 64;   // columns of X or W per backward task
 constexpr int64_t kTokenRows = 256;     // tokens per step of the backward tasks
@@ -106,7 +106,8 @@ class PatchEmbed {
         if constexpr (__is_same(In, T)) {
           if (in_place) grads = {token(first) + row, p_.token_stride};
         }
-        product<T, true>(num_rows, num_columns, {grads.data, 1, grads.stride, patches, width, grad_weight, width, count});
+        product<T, true>(num_rows, num_columns,
+                         {grads.data, 1, grads.stride, patches, width, grad_weight, width, count});
       }
       for (int64_t d = 0; d < num_rows; ++d) {
         store_row(grad_weight + d * width, num_columns, weight_ + (row + d) * size_ + column);
@@ -227,8 +228,7 @@ class PatchEmbed {
   }
 
   In* token(int64_t index) const {
-    return tokens_ + index / per_image_ * p_.token_batch_stride +
-           index % per_image_ * p_.token_stride;
+    return tokens_ + index / per_image_ * p_.token_batch_stride + index % per_image_ * p_.token_stride;
   }
 
   // Calls f(pixels, offset, run) for each run of pixels in columns [column, column + count) of the token's patch.
@@ -251,7 +251,8 @@ class PatchEmbed {
     }
   }
 
-  // Copies, or widens, a run of elements. Runs are as short as a patch is wide: no call, and whole vectors while they last.
+  // Copies, or widens, a run of elements. Runs are as short as a patch is wide: no call, and whole vectors while they
+  // last.
   template <class Element>
   static void copy_run(const In* source, int64_t count, Element* target) {
     if constexpr (!__is_same(In, Element)) {
@@ -299,24 +300,22 @@ class PatchEmbed {
   In *images_, *weight_, *bias_, *tokens_;
 };
 
-#define FASTVIT_PATCH_EMBED_KERNEL(name, task_count)                                  \
-  inline int64_t patch_embed_##name##_tasks(const PatchEmbedParams& p) {              \
-    int64_t tasks = 0;                                                                \
-    dispatch_dtype(p.dtype, [&](auto tag) {                                           \
-      PatchEmbed<typename decltype(tag)::type> op(p);                                 \
-      tasks = task_count;                                                             \
-    });                                                                               \
-    return tasks;                                                                     \
-  }                                                                                   \
-  inline void patch_embed_##name(const PatchEmbedParams& p, int64_t begin, int64_t end) { \
-    dispatch_dtype(p.dtype, [&](auto tag) {                                           \
-      PatchEmbed<typename decltype(tag)::type>(p).name(begin, end);                   \
-    });                                                                               \
+#define FASTVIT_PATCH_EMBED_KERNEL(name, task_count)                                                          \
+  inline int64_t patch_embed_##name##_tasks(const PatchEmbedParams& p) {                                      \
+    int64_t tasks = 0;                                                                                        \
+    dispatch_dtype(p.dtype, [&](auto tag) {                                                                   \
+      PatchEmbed<typename decltype(tag)::type> op(p);                                                         \
+      tasks = task_count;                                                                                     \
+    });                                                                                                       \
+    return tasks;                                                                                             \
+  }                                                                                                           \
+  inline void patch_embed_##name(const PatchEmbedParams& p, int64_t begin, int64_t end) {                     \
+    dispatch_dtype(p.dtype, [&](auto tag) { PatchEmbed<typename decltype(tag)::type>(p).name(begin, end); }); \
   }
 
-FASTVIT_PATCH_EMBED_KERNEL(forward, op.forward_tokens().count * op.forward_rows().count)
-FASTVIT_PATCH_EMBED_KERNEL(backward_weight, op.columns().count * op.gradient_rows().count)
-FASTVIT_PATCH_EMBED_KERNEL(backward_images, op.columns().count * op.token_steps().count)
+FASTVIT_PATCH_EMBED_KERNEL(forward, op.forward_tokens().count* op.forward_rows().count)
+FASTVIT_PATCH_EMBED_KERNEL(backward_weight, op.columns().count* op.gradient_rows().count)
+FASTVIT_PATCH_EMBED_KERNEL(backward_images, op.columns().count* op.token_steps().count)
 #undef FASTVIT_PATCH_EMBED_KERNEL
 
 }  // namespace fastvit::cpu::FASTVIT_CAPABILITY

@@ -1,8 +1,8 @@
 // Vectors, conversions and exp: the only place that knows the instruction set.
 //
-// One source, compiled once per instruction set by setup.py, which names it in FASTVIT_CAPABILITY. Everything lives in a
-// namespace of that name and no function template of the standard library is used: an inline function that two objects
-// share would be merged by the linker, and an AVX-512 copy of it could then run on a machine without AVX-512.
+// One source, compiled once per instruction set by setup.py, which names it in FASTVIT_CAPABILITY. Everything lives in
+// a namespace of that name and no function template of the standard library is used: an inline function that two
+// objects share would be merged by the linker, and an AVX-512 copy of it could then run on a machine without AVX-512.
 #pragma once
 
 #include <cmath>

@@ -50,9 +50,8 @@ void attention_forward(const Tensor& query, const Tensor& key, const Tensor& val
   check_rows_contiguous(output, "output");
   p.output = view4(output);
   const cpu::KernelTable& kernels = cpu::kernels();
-  torch::stable::parallel_for(0, kernels.attention_forward_tasks(p), 1, [&](int64_t begin, int64_t end) {
-    kernels.attention_forward(p, begin, end);
-  });
+  torch::stable::parallel_for(0, kernels.attention_forward_tasks(p), 1,
+                              [&](int64_t begin, int64_t end) { kernels.attention_forward(p, begin, end); });
 }
 
 void attention_backward(const Tensor& grad_output, const std::optional<Tensor>& grad_lse, const Tensor& query,
@@ -79,9 +78,8 @@ void attention_backward(const Tensor& grad_output, const std::optional<Tensor>& 
   p.grad_key = view4(grad_key);
   p.grad_value = view4(grad_value);
   const cpu::KernelTable& kernels = cpu::kernels();
-  torch::stable::parallel_for(0, kernels.attention_backward_tasks(p), 1, [&](int64_t begin, int64_t end) {
-    kernels.attention_backward(p, begin, end);
-  });
+  torch::stable::parallel_for(0, kernels.attention_backward_tasks(p), 1,
+                              [&](int64_t begin, int64_t end) { kernels.attention_backward(p, begin, end); });
 }
 
 }  // namespace

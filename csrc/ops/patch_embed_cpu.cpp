@@ -56,8 +56,7 @@ void run(const PatchEmbedParams& p, Tasks tasks, Kernel kernel) {
 void patch_embed_forward(const Tensor& images, const Tensor& weight, const std::optional<Tensor>& bias,
                          Tensor& output) {
   const cpu::KernelTable& kernels = cpu::kernels();
-  run(patch_embed_params(images, weight, bias, output), kernels.patch_embed_forward_tasks,
-      kernels.patch_embed_forward);
+  run(patch_embed_params(images, weight, bias, output), kernels.patch_embed_forward_tasks, kernels.patch_embed_forward);
 }
 
 void patch_embed_backward_weight(const Tensor& grad_output, const Tensor& images, Tensor& grad_weight,

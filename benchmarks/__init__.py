@@ -1,0 +1,1 @@
+"""Benchmarks: cases → harness → results/*.csv → the tables of README.md."""
