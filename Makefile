@@ -1,6 +1,7 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Each makes .venv if it is missing.
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 EXTRAS := models,viz,bench,test,lint
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
@@ -37,11 +38,11 @@ clean:
 	rm -rf $(VENV) build dist demo *.egg-info fastvit/_C.*
 
 # --no-build-isolation: the build uses the torch that is installed here, instead of downloading another for itself.
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "fastvit needs Python >= 3.11; this is " + sys.version.split()[0] + ": make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c constraints.txt setuptools pybind11 ninja numpy torch torchvision
-	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
+	$(BIN)/pip install --quiet -c $(CONSTRAINTS) setuptools pybind11 ninja numpy torch torchvision
+	$(BIN)/pip install --quiet -c $(CONSTRAINTS) --no-build-isolation -e '.[$(EXTRAS)]'
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed setup.py $(CPP)

@@ -48,7 +48,7 @@ def show(rows: list[Row]) -> None:
 
 
 def summaries(rows: list[Row]) -> list[str]:
-    """Return one line per suite and dtype: geometric mean and least of the ratios; more than 1 is faster than the peer."""
+    """Return one line per suite and dtype: geometric mean and least ratio; more than 1 is faster than the peer."""
     groups: dict[str, list[float]] = {}
     for row in rows:
         groups.setdefault(f"{row.suite} {row.dtype}", []).append(row.ratio)

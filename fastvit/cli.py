@@ -13,7 +13,7 @@ from contextlib import suppress
 from importlib import import_module
 from typing import Any, NoReturn
 
-from fastvit.commands import DTYPES, BadInput
+from fastvit.commands import DTYPES, BadInputError
 from fastvit.ops.backends import BACKENDS
 from fastvit.version import __version__
 
@@ -35,11 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not command and not {"-h", "--help", "--version"} & set(arguments):
             given = repr(arguments[0]) if arguments else "nothing"
-            raise BadInput(f"command: got {given}; accepted are {', '.join(COMMANDS)} (fastvit --help)")
+            raise BadInputError(f"command: got {given}; accepted are {', '.join(COMMANDS)} (fastvit --help)")
         parsed = _parser().parse_args(arguments)
         status: int = import_module(f"fastvit.commands.{parsed.command}").run(parsed)
         sys.stdout.flush()
-    except BadInput as error:
+    except BadInputError as error:
         print(f"fastvit {command}".rstrip() + f": {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -54,13 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise BadInput(message.removeprefix("argument "))
+        raise BadInputError(message.removeprefix("argument "))
 
 
 def _parser() -> _Parser:
     parser = _Parser(
         prog="fastvit",
-        description="Make any PyTorch vision transformer faster by swapping two layers, and prove it computes the same.",
+        description="Make a PyTorch vision transformer faster by swapping two layers, and prove it computes the same.",
         epilog="exit status: 0 fine; 1 the tolerance rule was missed; 2 bad input",
     )
     parser.add_argument("--version", action="version", version=f"fastvit {__version__}")
@@ -77,7 +77,7 @@ def _add_demo(commands: Any) -> None:
     parser.add_argument(
         "--image",
         default="astronaut",
-        help="an image file, or a photograph of scikit-image: astronaut, chelsea, coffee, rocket (default: %(default)s)",
+        help="an image file, or a photograph by name: astronaut, chelsea, coffee, rocket (default: %(default)s)",
     )
     parser.add_argument(
         "--batch", type=_at_least_one, default=1, help="images in the batch, copies of the photograph (default: 1)"

@@ -35,18 +35,19 @@ def attention_cases(
 ) -> AttentionCase:
     """Any attention problem that the op accepts.
 
-    Without ``extreme``, head dims end at 128, logits stay below about ±30 and a row has two keys or more, so that its
-    gradient is not all cancellation: what kernels are held to that sum up a head dim in one chain of multiply-adds, as
-    a GPU does in float32, against a CPU's PyTorch, which sums blocks.
+    Without ``extreme``, head dims end at 128, lengths begin at 16 and logits stay below about ±30 (±6 in float32): what
+    a kernel is held to that sums a head dim in one chain of multiply-adds, as a GPU does, against a CPU's PyTorch,
+    which sums blocks.
     """
-    seqlen_q = draw(st.integers(1 if extreme else 2, max_seqlen))
-    seqlen_k = draw(st.one_of(st.just(seqlen_q), st.integers(1 if extreme else 2, max_seqlen)))
+    seqlen_q = draw(st.integers(1 if extreme else 16, max_seqlen))
+    seqlen_k = draw(st.one_of(st.just(seqlen_q), st.integers(1 if extreme else 16, max_seqlen)))
     max_head_dim = 256 if extreme else 128
     head_dim = draw(st.one_of(st.sampled_from((32, 64, 72, 80, 88, 128)), st.integers(1, max_head_dim)))
     head_dim_v = draw(st.one_of(st.just(head_dim), st.just(head_dim), st.integers(1, max_head_dim)))
     heads = draw(st.integers(1, 4))
     elements = heads * min(seqlen_q, seqlen_k)  # the LSE, the smallest of the tensors
     batch = max(draw(st.integers(1, 3)), -(-min_elements // elements))
+    dtype = draw(st.sampled_from(DTYPES))
     bias = draw(st.sampled_from((None, None, "bool", "additive", "float32")))
     shape = (batch, heads, seqlen_q, seqlen_k)
     return AttentionCase(
@@ -56,12 +57,12 @@ def attention_cases(
         seqlen_k=seqlen_k,
         head_dim=head_dim,
         head_dim_v=head_dim_v,
-        dtype=draw(st.sampled_from(DTYPES)),
+        dtype=dtype,
         bias=bias,
         bias_shape=tuple(size if draw(st.booleans()) else 1 for size in shape) if bias else None,
         is_causal=draw(st.sampled_from((False, False, True))),
         scale=draw(st.one_of(st.none(), st.floats(0.01, 0.5) if extreme else st.just(1.3 * head_dim**-0.5))),
-        sharpness=draw(st.sampled_from((1.0, 4.0) if extreme else (1.0, 2.0, 4.0))),
+        sharpness=draw(st.sampled_from((1.0, 4.0) if extreme or dtype != torch.float32 else (1.0,))),
         layout=draw(st.sampled_from(("packed", "bnhd", "bhnd"))),
         seed=draw(st.integers(0, 2**16)),
     )

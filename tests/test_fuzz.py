@@ -37,7 +37,7 @@ def test_patch_embed_reference(hold: Callable, case: PatchEmbedCase) -> None:
 
 # The interpreter takes milliseconds per program: smaller cases, and a failing one is reported as it is found.
 @fuzz(60, shrink=False)
-@given(attention_cases(max_seqlen=70, min_elements=128, extreme=False))
+@given(attention_cases(max_seqlen=70, min_elements=512, extreme=False))
 def test_attention_triton(hold: Callable, case: AttentionCase) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     hold("attention, triton interpreter, fuzz", check_attention(case, "triton", written_out=True), case)

@@ -21,18 +21,18 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 NARROWEST_PIPE = 120
 
 
-class BadInput(Exception):
+class BadInputError(Exception):
     """Bad input of a command: one line that names the argument, what was given and what is accepted."""
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
 
 
-def need(command: str, extras: str, libraries: Iterable[str]) -> None:
-    """Raise BadInput unless every library can be imported; ``extras`` are those that bring them."""
-    missing = [library for library in libraries if not _is_installed(library)]
+def need(command: str, extras: str, libraries: dict[str, str]) -> None:
+    """Raise BadInputError unless every module of ``libraries`` (module: package) is there; ``extras`` bring them."""
+    missing = [package for module, package in libraries.items() if not _is_installed(module)]
     if missing:
-        raise BadInput(f"{command} needs {', '.join(missing)}: pip install 'fastvit[{extras}]'")
+        raise BadInputError(f"{command} needs {', '.join(missing)}: pip install 'fastvit[{extras}]'")
 
 
 def _is_installed(library: str) -> bool:
@@ -43,31 +43,32 @@ def _is_installed(library: str) -> bool:
 
 
 def check_device(name: str | None) -> torch.device:
-    """Return the device; None is the first GPU if there is one, else the CPU. Raises BadInput."""
+    """Return the device; None is the first GPU if there is one, else the CPU. Raises BadInputError."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     accepted = "cpu, cuda and cuda:N"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise BadInput(f"--device: got {name!r}; accepted are {accepted}") from None
+        raise BadInputError(f"--device: got {name!r}; accepted are {accepted}") from None
     if device.type == "cpu":
         return torch.device("cpu")
     if device.type != "cuda":
-        raise BadInput(f"--device: got {name!r}; accepted are {accepted}")
+        raise BadInputError(f"--device: got {name!r}; accepted are {accepted}")
     if not torch.cuda.is_available():
-        raise BadInput(f"--device: got {name!r}, but torch finds no GPU; accepted is cpu")
+        raise BadInputError(f"--device: got {name!r}, but torch finds no GPU; accepted is cpu")
     if (device.index or 0) >= torch.cuda.device_count():
-        raise BadInput(f"--device: got {name!r}; accepted are cpu and cuda:0 to cuda:{torch.cuda.device_count() - 1}")
+        last = torch.cuda.device_count() - 1
+        raise BadInputError(f"--device: got {name!r}; accepted are cpu and cuda:0 to cuda:{last}")
     return device
 
 
 def check_json_path(path: str | None) -> None:
-    """Raise BadInput unless ``--json`` is absent, "-", or a file that can be written."""
+    """Raise BadInputError unless ``--json`` is absent, "-", or a file that can be written."""
     if path in (None, "-"):
         return
     if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
-        raise BadInput(f"--json: got {path!r}; accepted is a file name in a folder that exists, or nothing for stdout")
+        raise BadInputError(f"--json: got {path!r}; accepted is a file in a folder that exists, or nothing for stdout")
 
 
 def make_console(json_path: str | None) -> Console:
@@ -106,7 +107,7 @@ def write_json(figures: dict[str, Any], path: str | None) -> None:
     try:
         Path(path).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
-        raise BadInput(f"--json: got {path!r}, which cannot be written ({error.strerror})") from None
+        raise BadInputError(f"--json: got {path!r}, which cannot be written ({error.strerror})") from None
 
 
 def _finite(value: Any) -> Any:

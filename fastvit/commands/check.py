@@ -1,4 +1,4 @@
-"""``fastvit check``: the tolerance rule over the shapes of real vision transformers, for every backend of this machine."""
+"""``fastvit check``: the tolerance rule over the shapes of real vision transformers, for each backend of a machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from fastvit.commands import (
     DTYPES,
-    BadInput,
+    BadInputError,
     check_device,
     check_json_path,
     make_console,
@@ -67,7 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
     rows = list(_progress(console, _run_all(pairs, cases), total=len(pairs) * len(cases)))
     seconds = time.perf_counter() - started
 
-    console.print(_table(rows))
+    for name, device in pairs:
+        console.print(_table([row for row in rows if (row.backend, row.device) == (name, str(device))], name, device))
     if not_run:
         table = make_table("Not run", "backend", "device", "why")
         for line in not_run:
@@ -104,7 +105,7 @@ def _who_runs(
         reasons = "; ".join(f"on {line['device']}: {line['why']}" for line in not_run)
         can = {name for device in where for name in BACKENDS if not _reasons_anywhere(name, device)}
         accepted = f"accepted on {', '.join(map(str, where))}: {', '.join(n for n in BACKENDS if n in can) or 'none'}"
-        raise BadInput(f"--backend: got {asked!r}, which cannot run here ({reasons}); {accepted}")
+        raise BadInputError(f"--backend: got {asked!r}, which cannot run here ({reasons}); {accepted}")
     return pairs, not_run
 
 
@@ -161,16 +162,14 @@ def _spec(case: Case, device: torch.device) -> Spec:
         return AttentionSpec(*sizes, case.dtype, bias_dtype, case.is_causal, device)
     (rows, columns), (height, width) = case.grid, case.patch
     pixels = (rows * height, columns * width)
-    return PatchEmbedSpec(
-        case.batch, case.in_channels, *pixels, height, width, case.embed_dim, case.dtype, device
-    )
+    return PatchEmbedSpec(case.batch, case.in_channels, *pixels, height, width, case.embed_dim, case.dtype, device)
 
 
 def _shape(case: Case) -> str:
     if isinstance(case, PatchEmbedCase):
         (rows, columns), (height, width) = case.grid, case.patch
         image = f"B{case.batch} C{case.in_channels} {rows * height}×{columns * width}"
-        return f"{image} patch {height}×{width} D{case.embed_dim} {case.layout}"
+        return f"{image} p{height}×{width} D{case.embed_dim} {case.layout}"
     lengths = f"N{case.seqlen_q}" if case.seqlen_q == case.seqlen_k else f"Nq{case.seqlen_q} Nk{case.seqlen_k}"
     features = [f"{case.bias} bias"] if case.bias else []
     features += ["causal"] if case.is_causal else []
@@ -180,23 +179,21 @@ def _shape(case: Case) -> str:
 def _progress(console: Any, rows: Iterator[Row], total: int) -> Iterator[Row]:
     from rich.progress import track
 
-    return iter(
-        track(rows, "checking", total=total, console=console, transient=True, disable=not console.is_terminal)
-    )
+    return iter(track(rows, "checking", total=total, console=console, transient=True, disable=not console.is_terminal))
 
 
-def _table(rows: list[Row]) -> Any:
+def _table(rows: list[Row], name: str, device: torch.device) -> Any:
     table = make_table(
-        "The tolerance rule: error against float64 ≤ 2 × PyTorch's error + one rounding (worst tensor of each case)",
-        "op", "shape", "dtype", "backend", "device", "tensor", "error", "PyTorch's", "of allowed", "rule",
-        numbers=("error", "PyTorch's", "of allowed"),
+        f"Backend {name} on {device}: the worst tensor of each case; error ≤ 2 × PyTorch's + one rounding is ratio ≤ 1",
+        "op", "shape", "dtype", "tensor", "error", "PyTorch's", "ratio", "rule",
+        numbers=("error", "PyTorch's", "ratio"),
     )  # fmt: skip
     for row in rows:
         measured = row.ratio is not None
         figures = (f"{row.error:.2e}", f"{row.torch_error:.2e}", f"{row.ratio:.2f}") if measured else ("-", "-", "-")
         verdict = row.verdict + (f": {row.reason}" if row.reason else "")
         style = {"pass": None, "skipped": "dim"}.get(row.verdict, "bold red")
-        table.add_row(row.op, row.shape, row.dtype, row.backend, row.device, row.tensor, *figures, verdict, style=style)
+        table.add_row(row.op, row.shape, row.dtype, row.tensor, *figures, verdict, style=style)
     return table
 
 

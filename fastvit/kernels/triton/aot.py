@@ -42,7 +42,7 @@ KERNELS = {
     "patch_embed_backward_images": patch_embed.backward_images_kernel,
 }
 INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "v_mfma")
-FLOAT32_POINTERS = ("lse_ptr", "delta_ptr", "grad_lse_ptr", "partial_ptr")
+FLOAT32_POINTERS = ("lse_ptr", "delta_ptr", "normaliser_ptr", "grad_lse_ptr", "partial_ptr")
 ELEMENT_SIZE = {"fp16": 2, "bf16": 2, "fp32": 4}
 
 
@@ -92,7 +92,7 @@ def _attention_job(
     constants = {
         "HEAD_DIM": head_dim, "HEAD_DIM_V": head_dim_v, "BLOCK_D": block_d, "BLOCK_DV": block_dv,
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_TAIL": inner if is_causal else 16,
-        "SLICE": config.block_k,
+        "SLICE": config.block_k, "SUM_DELTA": dtype == "fp32",
         "BIAS": bias, "IS_CAUSAL": is_causal, "FOLD": bias == "none" and dtype != "fp32", "PRECISION": precision,
     }  # fmt: skip
     case = f"D{head_dim}" + (f"/{head_dim_v}" if head_dim_v != head_dim else "")
@@ -119,7 +119,9 @@ def _attention_jobs(family: str) -> Iterator[Job]:
         if not family.startswith("gfx"):
             yield _attention_job(kernel, family, "fp32", 64, precision="tf32")
     constants = {"HEAD_DIM_V": 64, "BLOCK_DV": 64, "BLOCK_M": configs.ROW_SUM_ELEMENTS // 64, "HAS_GRAD_LSE": True}
-    yield Job("delta", family, "bf16", configs.Config(64, 16, 4, 1), "D64", constants)
+    for dtype in ("bf16", "fp32"):
+        constants = {**constants, "SUM_DELTA": dtype == "fp32"}
+        yield Job("delta", family, dtype, configs.Config(64, 16, 4, 1), "D64", constants)
 
 
 def _patch_embed_jobs(family: str) -> Iterator[Job]:

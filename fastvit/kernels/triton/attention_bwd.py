@@ -48,21 +48,24 @@ def delta_kernel(
     grad_output_ptr, grad_lse_ptr, output_ptr, lse_ptr, delta_ptr, grad_output_strides, grad_lse_strides,
     output_strides, num_heads, seqlen_q,
     HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
+    SUM_DELTA: tl.constexpr,
 ):  # fmt: skip
-    """One program: Δ of BLOCK_M queries of one head."""
+    """One program: Δ of BLOCK_M queries of one head; with SUM_DELTA only −dLSE, the rest is ``grad_query_kernel``'s."""
     num_blocks = tl.cdiv(seqlen_q, BLOCK_M)
     first_row = tl.program_id(0) % num_blocks * BLOCK_M
     batch_head = (tl.program_id(0) // num_blocks).to(tl.int64)
     batch, head = batch_head // num_heads, batch_head % num_heads
     rows = first_row + tl.arange(0, BLOCK_M)
 
-    output_base = output_ptr + batch * output_strides[0] + head * output_strides[1]
-    output_stride = tl.cast(output_strides[2], tl.int64)
-    output = load_tile(output_base, first_row, output_stride, seqlen_q, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True)
-    grad_base = grad_output_ptr + batch * grad_output_strides[0] + head * grad_output_strides[1]
-    grad_stride = tl.cast(grad_output_strides[2], tl.int64)
-    grad_output = load_tile(grad_base, first_row, grad_stride, seqlen_q, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True)
-    delta = tl.sum(output.to(tl.float32) * grad_output.to(tl.float32), 1)  # [BLOCK_M]
+    delta = tl.zeros([BLOCK_M], tl.float32)
+    if not SUM_DELTA:
+        output_base = output_ptr + batch * output_strides[0] + head * output_strides[1]
+        output_stride = tl.cast(output_strides[2], tl.int64)
+        output = load_tile(output_base, first_row, output_stride, seqlen_q, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True)
+        grad_base = grad_output_ptr + batch * grad_output_strides[0] + head * grad_output_strides[1]
+        grad_stride = tl.cast(grad_output_strides[2], tl.int64)
+        grad_output = load_tile(grad_base, first_row, grad_stride, seqlen_q, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True)
+        delta = tl.sum(output.to(tl.float32) * grad_output.to(tl.float32), 1)  # [BLOCK_M]
     if HAS_GRAD_LSE:
         grad_lse_base = grad_lse_ptr + batch * grad_lse_strides[0] + head * grad_lse_strides[1]
         offsets = rows.to(tl.int64) * grad_lse_strides[2]
@@ -77,10 +80,10 @@ def delta_kernel(
 @triton.jit
 def _add_query_block(
     grad_key, grad_value, key, value, query_base, query_stride, grad_base, grad_stride, lse_ptr, delta_ptr,
-    bias_base, bias_strides, columns, start, seqlen_q, seqlen_k, scale,
+    normaliser_ptr, bias_base, bias_strides, columns, start, seqlen_q, seqlen_k, scale,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BIAS: tl.constexpr, IS_CAUSAL: tl.constexpr, CHECKED: tl.constexpr,
-    FOLD: tl.constexpr, PRECISION: tl.constexpr,
+    FOLD: tl.constexpr, PRECISION: tl.constexpr, SUM_DELTA: tl.constexpr,
 ):  # fmt: skip
     """Add what the query block that begins at ``start`` gives to dK (before scaling) and dV; tiles are key by query."""
     query = load_tile(query_base, start, query_stride, seqlen_q, HEAD_DIM, BLOCK_ROWS, BLOCK_D, CHECKED)
@@ -91,6 +94,8 @@ def _add_query_block(
         scores, lse[None, :], bias_base, bias_strides, rows[None, :], columns[:, None], seqlen_q, seqlen_k, scale,
         BIAS, IS_CAUSAL, False, FOLD,
     )  # fmt: skip
+    if SUM_DELTA:
+        probabilities *= tl.load(normaliser_ptr + rows, mask=rows < seqlen_q, other=0.0)[None, :]
     grad_output = load_tile(grad_base, start, grad_stride, seqlen_q, HEAD_DIM_V, BLOCK_ROWS, BLOCK_DV, CHECKED)
     grad_value = tl.dot(probabilities.to(query.dtype), grad_output, grad_value, input_precision=PRECISION)
     grad_probabilities = tl.dot(value, tl.trans(grad_output), input_precision=PRECISION)
@@ -101,12 +106,13 @@ def _add_query_block(
 
 @triton.jit(do_not_specialize=["num_heads", "seqlen_q", "seqlen_k"])
 def grad_key_value_kernel(
-    grad_output_ptr, query_ptr, key_ptr, value_ptr, bias_ptr, lse_ptr, delta_ptr, grad_key_ptr, grad_value_ptr,
+    grad_output_ptr, query_ptr, key_ptr, value_ptr, bias_ptr, lse_ptr, delta_ptr, normaliser_ptr, grad_key_ptr,
+    grad_value_ptr,
     grad_output_strides, query_strides, key_strides, value_strides, bias_strides, grad_key_strides,
     grad_value_strides, num_heads, seqlen_q, seqlen_k, scale,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_TAIL: tl.constexpr, BIAS: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr, SUM_DELTA: tl.constexpr,
 ):  # fmt: skip
     """One program: dK and dV of BLOCK_N keys of one head, from all queries."""
     num_blocks = tl.cdiv(seqlen_k, BLOCK_N)
@@ -126,6 +132,7 @@ def grad_key_value_kernel(
     query_stride, grad_stride = tl.cast(query_strides[2], tl.int64), tl.cast(grad_output_strides[2], tl.int64)
     lse_ptr += batch_head * seqlen_q
     delta_ptr += batch_head * seqlen_q
+    normaliser_ptr += batch_head * seqlen_q
     bias_base = bias_ptr
     if BIAS != "none":
         bias_base += batch * bias_strides[0] + head * bias_strides[1]
@@ -138,14 +145,14 @@ def grad_key_value_kernel(
     for start in tl.range(begin, full_end, BLOCK_M):
         grad_key, grad_value = _add_query_block(
             grad_key, grad_value, key, value, query_base, query_stride, grad_base, grad_stride, lse_ptr, delta_ptr,
-            bias_base, bias_strides, columns, start, seqlen_q, seqlen_k, scale, HEAD_DIM, HEAD_DIM_V, BLOCK_D,
-            BLOCK_DV, BLOCK_M, BIAS, IS_CAUSAL, False, FOLD, PRECISION,
+            normaliser_ptr, bias_base, bias_strides, columns, start, seqlen_q, seqlen_k, scale, HEAD_DIM, HEAD_DIM_V,
+            BLOCK_D, BLOCK_DV, BLOCK_M, BIAS, IS_CAUSAL, False, FOLD, PRECISION, SUM_DELTA,
         )  # fmt: skip
     for start in tl.range(full_end, seqlen_q, BLOCK_TAIL, num_stages=1):
         grad_key, grad_value = _add_query_block(
             grad_key, grad_value, key, value, query_base, query_stride, grad_base, grad_stride, lse_ptr, delta_ptr,
-            bias_base, bias_strides, columns, start, seqlen_q, seqlen_k, scale, HEAD_DIM, HEAD_DIM_V, BLOCK_D,
-            BLOCK_DV, BLOCK_TAIL, BIAS, IS_CAUSAL, True, FOLD, PRECISION,
+            normaliser_ptr, bias_base, bias_strides, columns, start, seqlen_q, seqlen_k, scale, HEAD_DIM, HEAD_DIM_V,
+            BLOCK_D, BLOCK_DV, BLOCK_TAIL, BIAS, IS_CAUSAL, True, FOLD, PRECISION, SUM_DELTA,
         )  # fmt: skip
 
     grad_key_base = grad_key_ptr + batch * grad_key_strides[0] + head * grad_key_strides[1]
@@ -180,14 +187,14 @@ def sliced_product(
 
 
 @triton.jit
-def _add_key_block(
-    grad_query, query_base, query_stride, query, grad_base, grad_stride, grad_output, lse, delta, key_base, key_stride,
+def _visit_key_block(
+    query_base, query_stride, query, grad_base, grad_stride, grad_output, lse, key_base, key_stride,
     value_base, value_stride, bias_base, bias_strides, first_row, start, seqlen_q, seqlen_k, scale,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_KEYS: tl.constexpr, SLICE: tl.constexpr, BIAS: tl.constexpr,
     IS_CAUSAL: tl.constexpr, CHECKED: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add what the key block that begins at ``start`` gives to dQ (before scaling)."""
+    """Return the key block that begins at ``start``, and P and dP of the query block against it."""
     key = load_tile(key_base, start, key_stride, seqlen_k, HEAD_DIM, BLOCK_KEYS, BLOCK_D, CHECKED)
     rows, columns = first_row + tl.arange(0, BLOCK_M), start + tl.arange(0, BLOCK_KEYS)
     if SLICE > 0:
@@ -207,20 +214,25 @@ def _add_key_block(
         scores, lse[:, None], bias_base, bias_strides, rows[:, None], columns[None, :], seqlen_q, seqlen_k, scale,
         BIAS, IS_CAUSAL, CHECKED, FOLD,
     )  # fmt: skip
-    grad_scores = probabilities * (grad_probabilities - delta[:, None])
-    return tl.dot(grad_scores.to(key.dtype), key, grad_query, input_precision=PRECISION)
+    return key, probabilities, grad_probabilities
 
 
 @triton.jit(do_not_specialize=["num_heads", "seqlen_q", "seqlen_k"])
 def grad_query_kernel(
-    grad_output_ptr, query_ptr, key_ptr, value_ptr, bias_ptr, lse_ptr, delta_ptr, grad_query_ptr,
+    grad_output_ptr, query_ptr, key_ptr, value_ptr, bias_ptr, lse_ptr, delta_ptr, normaliser_ptr, grad_query_ptr,
     grad_output_strides, query_strides, key_strides, value_strides, bias_strides, grad_query_strides,
     num_heads, seqlen_q, seqlen_k, scale,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_TAIL: tl.constexpr, SLICE: tl.constexpr,
     BIAS: tl.constexpr, IS_CAUSAL: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
+    SUM_DELTA: tl.constexpr,
 ):  # fmt: skip
-    """One program: dQ of BLOCK_M queries of one head, from all keys that take part."""
+    """One program: dQ of BLOCK_M queries of one head, from all keys that take part.
+
+    With SUM_DELTA a pass before adds Σ_j P_ij dP_ij to Δ and stores it, in place of Σ_d dO_id O_id: the same number,
+    but of the very dP from which it will be subtracted, so that in float32 a row of few keys cancels as it should. It
+    also stores what P of the rounded LSE must be multiplied by to sum to 1.
+    """
     num_blocks = tl.cdiv(seqlen_q, BLOCK_M)
     block = tl.program_id(0) % num_blocks
     if IS_CAUSAL:
@@ -248,20 +260,45 @@ def grad_query_kernel(
 
     end = tl.minimum(seqlen_k, first_row + BLOCK_M) if IS_CAUSAL else seqlen_k
     full_end = (tl.minimum(seqlen_k, first_row + 1) if IS_CAUSAL else seqlen_k) // BLOCK_N * BLOCK_N
+    normaliser = tl.full([BLOCK_M], 1.0, tl.float32)
+    if SUM_DELTA:
+        row_sum = tl.zeros([BLOCK_M], tl.float32)
+        row_delta = tl.zeros([BLOCK_M], tl.float32)
+        for start in tl.range(0, end, BLOCK_N, num_stages=1):
+            _, probabilities, grad_probabilities = _visit_key_block(
+                query_base, query_stride, query, grad_base, grad_stride, grad_output, lse, key_base, key_stride,
+                value_base, value_stride, bias_base, bias_strides, first_row, start, seqlen_q, seqlen_k, scale,
+                HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, SLICE, BIAS, IS_CAUSAL, True, FOLD,
+                PRECISION,
+            )  # fmt: skip
+            row_sum += tl.sum(probabilities, 1)
+            row_delta += tl.sum(probabilities * grad_probabilities, 1)
+        # A row without keys sums to 0.
+        normaliser = tl.where(row_sum == 0.0, 0.0, 1.0 / row_sum)
+        delta += row_delta * normaliser
+        tl.store(delta_ptr + offset + rows, delta, mask=rows < seqlen_q)
+        tl.store(normaliser_ptr + offset + rows, normaliser, mask=rows < seqlen_q)
     for start in tl.range(0, full_end, BLOCK_N):
-        grad_query = _add_key_block(
-            grad_query, query_base, query_stride, query, grad_base, grad_stride, grad_output, lse, delta, key_base,
-            key_stride, value_base, value_stride, bias_base, bias_strides, first_row, start, seqlen_q, seqlen_k,
-            scale, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, SLICE, BIAS, False, False, FOLD,
+        key, probabilities, grad_probabilities = _visit_key_block(
+            query_base, query_stride, query, grad_base, grad_stride, grad_output, lse, key_base, key_stride,
+            value_base, value_stride, bias_base, bias_strides, first_row, start, seqlen_q, seqlen_k, scale,
+            HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, SLICE, BIAS, False, False, FOLD, PRECISION,
+        )  # fmt: skip
+        if SUM_DELTA:
+            probabilities *= normaliser[:, None]
+        grad_scores = probabilities * (grad_probabilities - delta[:, None])
+        grad_query = tl.dot(grad_scores.to(key.dtype), key, grad_query, input_precision=PRECISION)
+    for start in tl.range(full_end, end, BLOCK_TAIL, num_stages=1):
+        key, probabilities, grad_probabilities = _visit_key_block(
+            query_base, query_stride, query, grad_base, grad_stride, grad_output, lse, key_base, key_stride,
+            value_base, value_stride, bias_base, bias_strides, first_row, start, seqlen_q, seqlen_k, scale,
+            HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_TAIL, SLICE, BIAS, IS_CAUSAL, True, FOLD,
             PRECISION,
         )  # fmt: skip
-    for start in tl.range(full_end, end, BLOCK_TAIL, num_stages=1):
-        grad_query = _add_key_block(
-            grad_query, query_base, query_stride, query, grad_base, grad_stride, grad_output, lse, delta, key_base,
-            key_stride, value_base, value_stride, bias_base, bias_strides, first_row, start, seqlen_q, seqlen_k,
-            scale, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_TAIL, SLICE, BIAS, IS_CAUSAL, True,
-            FOLD, PRECISION,
-        )  # fmt: skip
+        if SUM_DELTA:
+            probabilities *= normaliser[:, None]
+        grad_scores = probabilities * (grad_probabilities - delta[:, None])
+        grad_query = tl.dot(grad_scores.to(key.dtype), key, grad_query, input_precision=PRECISION)
 
     grad_query_base = grad_query_ptr + batch * grad_query_strides[0] + head * grad_query_strides[1]
     grad_query_stride = tl.cast(grad_query_strides[2], tl.int64)
@@ -280,12 +317,15 @@ def attention_backward(
     """
     with torch.cuda.device_of(query):
         delta = _launch_delta(grad_output, grad_lse, output, lse)
-        _launch_grad_key_value(
-            grad_output, query, key, value, bias, lse, delta, grad_key, grad_value, is_causal=is_causal, scale=scale
-        )
+        normaliser = torch.empty_like(delta) if configs.sums_delta(query) else delta
+        # dQ first: in float32 it completes Δ.
         _launch_grad_query(
-            grad_output, query, key, value, bias, lse, delta, grad_query, is_causal=is_causal, scale=scale
+            grad_output, query, key, value, bias, lse, delta, normaliser, grad_query, is_causal=is_causal, scale=scale
         )
+        _launch_grad_key_value(
+            grad_output, query, key, value, bias, lse, delta, normaliser, grad_key, grad_value,
+            is_causal=is_causal, scale=scale,
+        )  # fmt: skip
 
 
 def _launch_delta(grad_output: Tensor, grad_lse: Tensor | None, output: Tensor, lse: Tensor) -> Tensor:
@@ -296,14 +336,14 @@ def _launch_delta(grad_output: Tensor, grad_lse: Tensor | None, output: Tensor, 
     delta_kernel[configs.grid(batch * num_heads, seqlen_q, block_m)](
         grad_output, grad_lse, output, lse, delta,
         grad_output.stride()[:3], (0, 0, 0) if grad_lse is None else grad_lse.stride(), output.stride()[:3],
-        num_heads, seqlen_q, head_dim_v, block_dv, block_m, grad_lse is not None, num_warps=4, num_stages=1,
+        num_heads, seqlen_q, head_dim_v, block_dv, block_m, grad_lse is not None, configs.sums_delta(grad_output), num_warps=4, num_stages=1,
     )  # fmt: skip
     return delta
 
 
 def _launch_grad_key_value(
     grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, lse: Tensor, delta: Tensor,
-    grad_key: Tensor, grad_value: Tensor, *, is_causal: bool, scale: float,
+    normaliser: Tensor, grad_key: Tensor, grad_value: Tensor, *, is_causal: bool, scale: float,
 ) -> None:  # fmt: skip
     batch, num_heads, seqlen_q, head_dim = query.shape
     seqlen_k, head_dim_v = key.shape[2], value.shape[3]
@@ -312,18 +352,18 @@ def _launch_grad_key_value(
     config = configs.attention_config("grad_key_value", query.element_size(), width, bias is not None, family)
     bias, bias_strides, bias_kind = bias_arguments(bias)
     grad_key_value_kernel[configs.grid(batch * num_heads, seqlen_k, config.block_n)](
-        grad_output, query, key, value, bias, lse, delta, grad_key, grad_value,
+        grad_output, query, key, value, bias, lse, delta, normaliser, grad_key, grad_value,
         grad_output.stride()[:3], query.stride()[:3], key.stride()[:3], value.stride()[:3], bias_strides,
         grad_key.stride()[:3], grad_value.stride()[:3], num_heads, seqlen_q, seqlen_k, scale,
         head_dim, head_dim_v, block_d, block_dv, config.block_n, config.block_m,
         configs.tail_block(seqlen_q, config.block_m), bias_kind, is_causal, configs.folds(query, bias),
-        configs.dot_precision(query), num_warps=config.num_warps, num_stages=config.num_stages,
+        configs.dot_precision(query), configs.sums_delta(query), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 
 def _launch_grad_query(
     grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, lse: Tensor, delta: Tensor,
-    grad_query: Tensor, *, is_causal: bool, scale: float,
+    normaliser: Tensor, grad_query: Tensor, *, is_causal: bool, scale: float,
 ) -> None:  # fmt: skip
     batch, num_heads, seqlen_q, head_dim = query.shape
     seqlen_k, head_dim_v = key.shape[2], value.shape[3]
@@ -332,11 +372,11 @@ def _launch_grad_query(
     config = configs.attention_config("grad_query", query.element_size(), width, bias is not None, family)
     bias, bias_strides, bias_kind = bias_arguments(bias)
     grad_query_kernel[configs.grid(batch * num_heads, seqlen_q, config.block_m)](
-        grad_output, query, key, value, bias, lse, delta, grad_query,
+        grad_output, query, key, value, bias, lse, delta, normaliser, grad_query,
         grad_output.stride()[:3], query.stride()[:3], key.stride()[:3], value.stride()[:3], bias_strides,
         grad_query.stride()[:3], num_heads, seqlen_q, seqlen_k, scale,
         head_dim, head_dim_v, block_d, block_dv, config.block_m, config.block_n,
         config.block_n if is_causal else configs.tail_block(seqlen_k, config.block_n), config.block_k,
-        bias_kind, is_causal, configs.folds(query, bias), configs.dot_precision(query),
+        bias_kind, is_causal, configs.folds(query, bias), configs.dot_precision(query), configs.sums_delta(query),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -215,6 +215,11 @@ def folds(query: Tensor, bias: Tensor | None) -> bool:
     return bias is None and query.element_size() == 2
 
 
+def sums_delta(tensor: Tensor) -> bool:
+    """Return whether Δ is summed from P dP: in float32, where dO · O differs from it by more than the dtype's rounding."""
+    return tensor.element_size() == 4
+
+
 def device_why_not(device: torch.device, dtype: torch.dtype, *, interpreted: bool) -> list[str]:
     """Return the reasons why no kernel of this backend can run on ``device`` in ``dtype``."""
     reasons = []

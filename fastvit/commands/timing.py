@@ -1,0 +1,99 @@
+"""Two versions of the same work, timed in turn."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+WARM_UPS = 2
+FEWEST_ROUNDS, MOST_ROUNDS = 5, 200
+
+Work = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one version: percentiles over ``rounds`` runs."""
+
+    p20: float
+    p50: float
+    p80: float
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Race:
+    """Both versions of one piece of work; ``ratio`` is PyTorch's p50 over fastvit's, so above 1 fastvit is faster."""
+
+    name: str
+    pytorch: Timing
+    fastvit: Timing
+
+    @property
+    def ratio(self) -> float:
+        """PyTorch's p50 over fastvit's p50."""
+        return self.pytorch.p50 / self.fastvit.p50
+
+    def figures(self) -> dict[str, Any]:
+        """Return the race as JSON figures, times in milliseconds."""
+        return {"name": self.name, "pytorch_ms": vars(self.pytorch), "fastvit_ms": vars(self.fastvit),
+                "ratio": self.ratio}  # fmt: skip
+
+
+def ratio_text(ratio: float) -> str:
+    """Return a ratio of times with two decimals, or two digits where those would hide it."""
+    return f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.1g}"
+
+
+def race(name: str, pytorch: Work, fastvit: Work, device: torch.device, budget: float, rounds: int | None) -> Race:
+    """Time both in one loop, first PyTorch's and then fastvit's, so that whatever the machine does meets both.
+
+    Args:
+        name: what is timed.
+        pytorch, fastvit: the same work without arguments.
+        device: where it runs; on a GPU the time is between two events, launches included.
+        budget: seconds after which no further round starts, once there are a few; unless ``rounds`` gives their number.
+        rounds: runs of each.
+    """
+    for _ in range(WARM_UPS):
+        pytorch(), fastvit()
+    times: tuple[list[float], list[float]] = ([], [])
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        started = time.perf_counter()
+        for index in range(rounds or MOST_ROUNDS):
+            if rounds is None and index >= FEWEST_ROUNDS and time.perf_counter() - started > budget:
+                break
+            times[0].append(_milliseconds(pytorch, device))
+            times[1].append(_milliseconds(fastvit, device))
+    finally:
+        if was_enabled:
+            gc.enable()
+    return Race(name, _percentiles(times[0]), _percentiles(times[1]))
+
+
+def _milliseconds(work: Work, device: torch.device) -> float:
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        work()
+        end.record()
+        torch.cuda.synchronize(device)
+        return float(start.elapsed_time(end))
+    started = time.perf_counter()
+    work()
+    return (time.perf_counter() - started) * 1e3
+
+
+def _percentiles(times: list[float]) -> Timing:
+    p20, p50, p80 = (float(value) for value in np.percentile(times, (20, 50, 80)))
+    return Timing(p20, p50, p80, len(times))
