@@ -45,8 +45,8 @@ def table(path: Path) -> str:
     lines += [
         "",
         f"Speed-up over PyTorch: geometric mean over the shapes (least – most). {first.device}, {first.capability}, "
-        f"torch {first.torch}, {len(rows)} rows in [{path.name}](benchmarks/results/{path.name}), medians of interleaved "
-        "runs; every row held the tolerance rule.",
+        f"torch {first.torch}, {len(rows)} rows in [{path.name}](benchmarks/results/{path.name}), medians of "
+        "interleaved runs; every row held the tolerance rule.",
     ]
     return "\n".join(lines)
 

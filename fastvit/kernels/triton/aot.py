@@ -176,20 +176,27 @@ def _source(job: Job) -> ASTSource:
     return ASTSource(kernel, signature, constants, attributes)
 
 
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise RuntimeError(f"the compiler's report has no {pattern!r}:\n{text[:500]}")
+    return int(found[1])
+
+
 def _measure(compiled: Any, family: str) -> tuple[int, int, str]:
     """Return registers, spilled bytes and the matrix instruction of a compiled kernel."""
     text = compiled.asm["amdgcn" if family.startswith("gfx") else "ptx"]
     instruction = next((name for name in INSTRUCTIONS if name in text), "none")
     if family.startswith("gfx"):
-        count = {key: int(re.search(rf"\.{key}:\s*(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count")}
-        scratch = int(re.search(r"\.private_segment_fixed_size:\s*(\d+)", text)[1])
+        count = {key: _number(rf"\.{key}:\s*(\d+)", text) for key in ("vgpr_count", "vgpr_spill_count")}
+        scratch = _number(r"\.private_segment_fixed_size:\s*(\d+)", text)
         return count["vgpr_count"], 4 * count["vgpr_spill_count"] + scratch, instruction
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
+    registers, stack, local = (_number(rf"{key}:(\d+)", usage) for key in ("REG", "STACK", "LOCAL"))
     return registers, stack + local, instruction
 
 

@@ -336,7 +336,8 @@ def _launch_delta(grad_output: Tensor, grad_lse: Tensor | None, output: Tensor, 
     delta_kernel[configs.grid(batch * num_heads, seqlen_q, block_m)](
         grad_output, grad_lse, output, lse, delta,
         grad_output.stride()[:3], (0, 0, 0) if grad_lse is None else grad_lse.stride(), output.stride()[:3],
-        num_heads, seqlen_q, head_dim_v, block_dv, block_m, grad_lse is not None, configs.sums_delta(grad_output), num_warps=4, num_stages=1,
+        num_heads, seqlen_q, head_dim_v, block_dv, block_m, grad_lse is not None, configs.sums_delta(grad_output),
+        num_warps=4, num_stages=1,
     )  # fmt: skip
     return delta
 
@@ -357,7 +358,8 @@ def _launch_grad_key_value(
         grad_key.stride()[:3], grad_value.stride()[:3], num_heads, seqlen_q, seqlen_k, scale,
         head_dim, head_dim_v, block_d, block_dv, config.block_n, config.block_m,
         configs.tail_block(seqlen_q, config.block_m), bias_kind, is_causal, configs.folds(query, bias),
-        configs.dot_precision(query), configs.sums_delta(query), num_warps=config.num_warps, num_stages=config.num_stages,
+        configs.dot_precision(query), configs.sums_delta(query),
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 

@@ -186,7 +186,7 @@ def why_not(spec: AttentionSpec) -> list[str]:
     return reasons
 
 
-def bias_arguments(bias: Tensor | None) -> tuple[Tensor | None, tuple[int, int, int, int], str]:
+def bias_arguments(bias: Tensor | None) -> tuple[Tensor | None, tuple[int, ...], str]:
     """Return the bias as the kernels take it (bool as bytes), its strides, and the kind of bias."""
     if bias is None:
         return None, (0, 0, 0, 0), "none"

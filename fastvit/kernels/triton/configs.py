@@ -216,7 +216,7 @@ def folds(query: Tensor, bias: Tensor | None) -> bool:
 
 
 def sums_delta(tensor: Tensor) -> bool:
-    """Return whether Δ is summed from P dP: in float32, where dO · O differs from it by more than the dtype's rounding."""
+    """Return whether Δ is summed from P dP: in float32, where dO · O differs from it by more than one rounding."""
     return tensor.element_size() == 4
 
 
