@@ -155,10 +155,13 @@ def commit() -> str:
     return name.stdout.strip()
 
 
-def source_hash() -> str:
-    """Return a hash of the kernel sources: a row whose hash differs from the tree's is stale."""
+SOURCES = {"cpu": ("csrc/cpu/*", "csrc/params.h"), "triton": ("fastvit/kernels/triton/*.py",)}
+
+
+def source_hash(backend: str = "cpu") -> str:
+    """Return a hash of a backend's kernel sources: a row whose hash differs from the tree's is stale."""
     digest = hashlib.sha256()
-    for path in sorted([*ROOT.glob("csrc/cpu/*"), ROOT / "csrc" / "params.h"]):
+    for path in sorted(path for pattern in SOURCES[backend] for path in ROOT.glob(pattern)):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -13,7 +13,7 @@ from fastvit.testing import AttentionCase, PatchEmbedCase
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The rule compares the largest of two samples of errors; of a handful of elements that is no statistic, so batches grow
 # until there are this many.
-MIN_ELEMENTS = 1024
+MIN_ELEMENTS = 768
 
 
 def fuzz(examples: int, shrink: bool = True) -> settings:

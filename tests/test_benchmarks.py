@@ -89,3 +89,16 @@ def test_a_changed_row_or_source_is_noticed(tmp_path: Path) -> None:
     harness.write(changed, tmp_path / report.newest().name)
     assert report.table(tmp_path / report.newest().name) != report.table(report.newest())
     assert report.is_stale([dataclasses.replace(rows[0], sources="0" * 12)])
+
+
+def test_without_a_gpu_the_gpu_suite_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks import gpu
+
+    monkeypatch.setattr("sys.argv", ["gpu"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        gpu.main()
+    assert stop.value.code == 3
+    assert capsys.readouterr().out.count("\n") == 1

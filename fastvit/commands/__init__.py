@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -18,7 +18,15 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-NARROWEST_PIPE = 120
+NARROWEST_PIPE, NARROWEST_TERMINAL = 120, 80
+
+# The columns of words, which give way where width is short; a number or a name broken in two would be misread.
+FOLDING = frozenset(
+    (
+        *("layers", "of", "ops", "p20–p80", "p20–p80 ", "rule", "shape", "value", "why"),
+        *("what it is", "here", "automatic order and evidence"),
+    )
+)
 
 
 class BadInputError(Exception):
@@ -77,22 +85,20 @@ def make_console(json_path: str | None) -> Console:
 
     stream = sys.stderr if json_path == "-" else sys.stdout
     console = Console(file=stream, markup=False, highlight=False, soft_wrap=False)
-    if not console.is_terminal:
-        console = Console(
-            file=stream, markup=False, highlight=False, width=max(console.width, NARROWEST_PIPE), color_system=None
-        )
+    console.width = max(console.width, NARROWEST_TERMINAL if console.is_terminal else NARROWEST_PIPE)
     return console
 
 
 def make_table(title: str, *columns: str, numbers: Iterable[str] = ()) -> Table:
-    """Return a table with these columns; those in ``numbers`` are aligned right. Cells fold, they are never cut."""
+    """Return a table with these columns; those in ``numbers`` are aligned right."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     right = set(numbers)
     for column in columns:
-        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        side: Literal["left", "right"] = "right" if column in right else "left"
+        table.add_column(column, justify=side, overflow="fold", no_wrap=column not in FOLDING)
     return table
 
 

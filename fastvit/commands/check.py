@@ -102,10 +102,10 @@ def _who_runs(
             else:
                 pairs.append((name, device))
     if not pairs:
-        reasons = "; ".join(f"on {line['device']}: {line['why']}" for line in not_run)
+        why = "; ".join(f"on {line['device']}: {line['why']}" for line in not_run)
         can = {name for device in where for name in BACKENDS if not _reasons_anywhere(name, device)}
         accepted = f"accepted on {', '.join(map(str, where))}: {', '.join(n for n in BACKENDS if n in can) or 'none'}"
-        raise BadInputError(f"--backend: got {asked!r}, which cannot run here ({reasons}); {accepted}")
+        raise BadInputError(f"--backend: got {asked!r}, which cannot run here ({why}); {accepted}")
     return pairs, not_run
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import warnings
 from pathlib import Path
@@ -62,6 +63,7 @@ def _run(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype
     _print_subject(console, subject)
     receive(subject)
     check_backend(subject.backend, subject.specs)
+    subject.notes += _company(device)
     comparisons = _errors(subject)
     console.print(_error_table(comparisons))
     del subject.exact
@@ -79,6 +81,17 @@ def _run(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype
         console.print("MISS: an error is larger than the tolerance rule allows", style="bold red")
     write_json(_figures(arguments, subject, comparisons, races, pictures), arguments.json)
     return 0 if passed else 1
+
+
+def _company(device: torch.device) -> list[str]:
+    """Return a note if other work keeps this machine's processors busy: then threads wait for one another at each layer."""
+    load, processors = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
+    if device.type != "cpu" or load + torch.get_num_threads() <= processors + 0.5:
+        return []
+    return [
+        f"this machine was not idle (load {load:.1f} on {processors} processors), so the times say little; "
+        "try again when it is, or with --threads 1"
+    ]
 
 
 def _make_folder(path: str) -> Path:
@@ -230,10 +243,10 @@ def _error_table(comparisons: list[Comparison]) -> Any:
 
 
 def _time_table(races: list[Race]) -> Any:
-    numbers = ("PyTorch p50", "fastvit p50", "p20 to p80", "p20 to p80 ", "ratio", "runs")
+    numbers = ("PyTorch p50", "fastvit p50", "p20–p80 ", "p20–p80", "ratio", "runs")
     table = make_table(
         "Milliseconds, taken in turn; ratio = PyTorch / fastvit, above 1 fastvit is faster",
-        "of", "PyTorch p50", "p20 to p80", "fastvit p50", "p20 to p80 ", "ratio", "runs", numbers=numbers,
+        "of", "PyTorch p50", "p20–p80 ", "fastvit p50", "p20–p80", "ratio", "runs", numbers=numbers,
     )  # fmt: skip
     for one in races:
         cells = []
@@ -245,7 +258,7 @@ def _time_table(races: list[Race]) -> Any:
 
 
 def _backend_table(subject: Subject) -> Any:
-    table = make_table("Which backend ran, and why the others did not", "op", "backend", "ran", "why")
+    table = make_table("Which backend ran, and why the others did not", "ops", "backend", "ran", "why")
     rows: dict[tuple[str, str, str], list[str]] = {}
     for op, spec in subject.specs.items():
         for line in explain(spec):

@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 from dataclasses import asdict
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,7 @@ def _driver() -> str:
 def _built() -> dict[str, Any]:
     if error := native.load_error():
         return {"fastvit._C": f"not usable: {error}"}
-    from fastvit import _C
+    _C = import_module("fastvit._C")  # noqa: N806 - its name, and a compiled module has no types to import.
 
     sets = [f"{name} ({'runs here' if usable else 'not on this processor'})" for name, usable in _C.cpu_capabilities()]
     return {

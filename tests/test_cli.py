@@ -1,0 +1,424 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fastvit.commands.demo as demo
+import fastvit.commands.subject as subjects
+from fastvit.cli import _parser, main
+from fastvit.commands import DTYPES, check, make_console, write_json
+from fastvit.commands.timing import race
+from fastvit.kernels import native
+from fastvit.ops import backends
+
+timm = pytest.importorskip("timm")
+Image = pytest.importorskip("PIL.Image")
+pytest.importorskip("matplotlib")
+pytest.importorskip("skimage")
+needs_cpu_kernels = pytest.mark.skipif(native.load_error() is not None, reason="fastvit._C is not built")
+
+MODEL = "vit_tiny_patch16_224"
+BACKENDS = list(backends.BACKENDS)
+CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
+
+
+@pytest.fixture(autouse=True)
+def plain_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+def run_demo(out: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
+    file = out / "figures.json"
+    given = ["demo", "--model", MODEL, "--device", "cpu", "--threads", "1", "--repeats", "3", "--out", str(out)]
+    status = main([*given, "--json", str(file), *arguments])
+    return status, json.loads(file.read_text())
+
+
+def assert_finite(value: object) -> None:
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        assert_finite(item)
+    if isinstance(value, float):
+        assert math.isfinite(value)
+    assert value not in ("inf", "-inf", "nan")
+
+
+def error_line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run a command that must fail with bad input; return its line, which must be the only one, and alone."""
+    capsys.readouterr()
+    assert main(list(arguments)) == 2
+    output, error = capsys.readouterr()
+    assert output == ""
+    assert error.endswith("\n")
+    assert error.count("\n") == 1
+    return error.strip()
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, Any], Path]:
+    out = tmp_path_factory.mktemp("demo")
+    return *run_demo(out, "--batch", "2"), out
+
+
+class TestDemo:
+    def test_figures(self, shown: tuple[int, dict[str, Any], Path]) -> None:
+        status, figures, _ = shown
+        assert status == 0
+        assert_finite(figures)
+        assert [race["name"].split(" (")[0] for race in figures["times"]] == [
+            "whole model", "attention layer", "attention core", "patch embedding",
+        ]  # fmt: skip
+        for one in figures["times"]:
+            assert one["ratio"] == pytest.approx(one["pytorch_ms"]["p50"] / one["fastvit_ms"]["p50"])
+            for timing in (one["pytorch_ms"], one["fastvit_ms"]):
+                assert 0 < timing["p20"] <= timing["p50"] <= timing["p80"]
+                assert timing["rounds"] == 3
+        assert figures["images"] == [2, 3, 224, 224]
+        assert figures["weights"] == "random (seed 0)"
+        assert figures["threads"] == 1
+        assert figures["versions"]["torch"] == torch.__version__.split("+")[0]
+
+    def test_errors_follow_the_rule(self, shown: tuple[int, dict[str, Any], Path]) -> None:
+        errors = {error["name"]: error for error in shown[1]["errors"]}
+        assert list(errors) == ["logits", "attention core, last layer", "patch embedding"]
+        for error in errors.values():
+            assert 0 < error["torch_error"] < 1e-4
+            assert error["passed"] == (error["ratio"] <= 1)
+            # One rounding is at most half an ulp of the expected value, and the worst coordinate need not be the
+            # largest error, so the ratio lies between these two.
+            assert error["ratio"] <= error["error"] / (2 * error["torch_error"]) * (1 + 1e-6)
+            assert error["error"] > 0
+
+    def test_swap_and_backends(self, shown: tuple[int, dict[str, Any], Path]) -> None:
+        figures = shown[1]
+        assert [row["action"] for row in figures["swap"]] == ["fused"] * 13
+        for op in ("attention", "patch_embed"):
+            lines = {line["backend"]: line for line in figures["backends"][op]["explanations"]}
+            assert list(lines) == BACKENDS
+            assert lines[figures["backends"][op]["ran"]]["can_run"]
+            assert all(line["why_not"] for line in lines.values() if not line["can_run"])
+        assert figures["backends"]["attention"]["spec"][:6] == ["2", "3", "197", "197", "64", "64"]
+
+    @pytest.mark.parametrize("name", ["attention", "times"])
+    def test_pictures(self, shown: tuple[int, dict[str, Any], Path], name: str) -> None:
+        _, figures, out = shown
+        assert figures["pictures"][name] == str(out / f"{name}.png")
+        with Image.open(out / f"{name}.png") as picture:
+            pixels = np.asarray(picture.convert("RGB")).astype(float)
+        assert min(pixels.shape[:2]) > 600
+        assert pixels.std() > 20
+        assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
+
+    def test_text_in_a_pipe(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert run_demo(tmp_path)[0] == 0
+        output, error = capsys.readouterr()
+        assert "random (seed 0)" in output
+        assert "no prediction is shown" in output
+        assert "…" not in output
+        assert not CONTROL.search(output)
+        assert error == ""
+        for phrase in ("blocks.*.attn ×12", "whole model", "attention core", "logits", "not written yet"):
+            assert phrase in output
+
+    def test_checkpoint_image_file_and_backend(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        safetensors = pytest.importorskip("safetensors.torch")
+        torch.manual_seed(3)
+        model = timm.create_model(MODEL)
+        safetensors.save_file(model.state_dict(), tmp_path / "weights.safetensors")
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 260, 4), np.uint8)).save(tmp_path / "photo.png")
+        files = ["--checkpoint", str(tmp_path / "weights.safetensors"), "--image", str(tmp_path / "photo.png")]
+        status, figures = run_demo(tmp_path, *files, "--backend", "reference", "--dtype", "bfloat16")
+        assert status == 0
+        assert figures["dtype"] == "bfloat16"
+        assert figures["weights"].endswith("weights.safetensors")
+        assert {op["ran"] for op in figures["backends"].values()} == {"reference"}
+        assert "random" not in capsys.readouterr().out
+
+    def test_a_checkpoint_is_really_loaded(self, tmp_path: Path) -> None:
+        model = timm.create_model(MODEL)
+        torch.save(
+            {"state_dict": {f"module.{key}": value for key, value in model.state_dict().items()}}, tmp_path / "w.pt"
+        )
+        loaded = timm.create_model(MODEL)
+        subjects._load_checkpoint(loaded, str(tmp_path / "w.pt"), MODEL)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
+
+    def test_a_zero_head_is_drawn_anew(self) -> None:
+        model = timm.create_model(MODEL)
+        assert subjects._wake_head(model) == []
+        nn.init.zeros_(model.head.weight)
+        with torch.no_grad():
+            assert "all zero" in subjects._wake_head(model)[0]
+        assert model.head.weight.std().item() == pytest.approx(192**-0.5, rel=0.05)
+
+    def test_a_wrong_kernel_is_a_miss(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        plant_wrong_attention(monkeypatch)
+        status, figures = run_demo(tmp_path, "--backend", "reference")
+        assert status == 1
+        assert [error["passed"] for error in figures["errors"]] == [False, False, True]
+        assert "MISS" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("model", "prefix", "whose"),
+        [
+            (MODEL, 1, "CLS"),
+            ("deit_tiny_distilled_patch16_224", 2, "CLS"),
+            ("vit_medium_patch16_gap_240", 0, "mean query"),
+        ],
+    )
+    def test_attention_map_is_a_row_of_the_matrix(self, model: str, prefix: int, whose: str) -> None:
+        arguments = demo_arguments(model)
+        with torch.no_grad():
+            subject = subjects.prepare(arguments, torch.device("cpu"), torch.float32)
+            subjects.receive(subject)
+            mapped = demo._attention_map(subject)
+            assert subject.qkv is not None
+            query, key, _ = subject.qkv[:1].permute(2, 0, 3, 1, 4).unbind(0)
+            row = query[:, :, :1] if prefix else query.mean(dim=2, keepdim=True)
+            expected = torch.softmax(row @ key.transpose(-2, -1) / key.shape[-1] ** 0.5, dim=-1)[0, :, 0, prefix:]
+        assert mapped is not None
+        assert mapped[1].startswith(whose)
+        assert mapped[0].shape[1:] == subject.original.patch_embed.grid_size
+        torch.testing.assert_close(mapped[0].flatten(1), expected * key.shape[2], rtol=1e-4, atol=1e-5)
+
+    def test_a_model_without_known_attention(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / "attention.png").write_bytes(b"of an earlier run")
+        status, figures = run_demo(tmp_path, "--model", "swin_tiny_patch4_window7_224", "--repeats", "1")
+        assert status == 0
+        assert figures["pictures"]["attention"] is None
+        assert not (tmp_path / "attention.png").exists()
+        assert [one["name"] for one in figures["times"]] == ["whole model", "patch embedding"]
+        assert "no picture of the attention" in capsys.readouterr().out
+
+
+def demo_arguments(model: str) -> Any:
+    return _parser().parse_args(["demo", "--model", model])
+
+
+def plant_wrong_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the reference's attention a hundredth too large."""
+    from fastvit.kernels import reference
+
+    right = reference.attention_forward
+
+    def wrong(*tensors: Any, **options: Any) -> None:
+        right(*tensors, **options)
+        tensors[4].mul_(1.01)
+
+    monkeypatch.setattr(reference, "attention_forward", wrong)
+
+
+class TestDemoBadInput:
+    @pytest.fixture(autouse=True)
+    def no_kernel_runs(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(backends, "_select", lambda *_: pytest.fail("a kernel was chosen"))
+        monkeypatch.setattr(demo, "race", lambda *_: pytest.fail("something was timed"))
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--backend", "tritn"], "--backend: got 'tritn'; accepted are cpu, triton, cuda, reference"),
+            (["--backend", "cuda"], "--backend: got 'cuda', which cannot run attention on cpu"),
+            (["--model", "vit_tiny_patch16_244"], "close to it: vit_tiny_patch16_224"),
+            (["--model", "resnet18"], "--model: got 'resnet18', in which fastvit finds no layer to swap"),
+            (["--image", "nowhere.png"], "--image: got 'nowhere.png', which is no file; accepted are astronaut"),
+            (["--image", __file__], "which is no image that Pillow reads; accepted are astronaut"),
+            (["--checkpoint", "nowhere.pt"], "--checkpoint: got 'nowhere.pt', which is no file"),
+            (["--checkpoint", __file__], "which cannot be read"),
+            (["--batch", "0"], "--batch: got '0'; accepted are whole numbers from 1 up"),
+            (["--threads", "many"], "--threads: got 'many'; accepted are whole numbers from 1 up"),
+            (["--dtype", "float64"], "--dtype: got 'float64'; accepted are float32, float16, bfloat16"),
+            (["--device", "tpu"], "--device: got 'tpu'; accepted are cpu, cuda and cuda:N"),
+            (["--device", "meta"], "--device: got 'meta'; accepted are cpu, cuda and cuda:N"),
+            (["--device", "cuda:99"], "--device: got 'cuda:99'"),
+            (["--json", "/nowhere/at/all.json"], "--json: got '/nowhere/at/all.json'; accepted is a file"),
+            (["--out", __file__], "which cannot be made (File exists); accepted is a folder"),
+            (["--colour"], "unrecognized arguments: --colour"),
+        ],
+        ids=lambda value: " ".join(Path(word).name for word in value) if isinstance(value, list) else "",
+    )
+    def test_one_line(
+        self, arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        line = error_line(
+            capsys, "demo", "--model", MODEL, "--device", "cpu", "--out", str(tmp_path / "out"), *arguments
+        )
+        assert line.startswith("fastvit demo: ")
+        assert message in line
+
+    def test_an_image_cut_short(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        path = tmp_path / "cut.png"
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)).save(path)
+        path.write_bytes(path.read_bytes()[:2000])
+        assert "which cannot be read" in error_line(capsys, "demo", "--image", str(path))
+
+    def test_a_checkpoint_that_does_not_fit(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        state = timm.create_model(MODEL, num_classes=10).state_dict()
+        state["extra"] = state.pop("cls_token")
+        torch.save(state, tmp_path / "ten.pt")
+        line = error_line(capsys, "demo", "--model", MODEL, "--checkpoint", str(tmp_path / "ten.pt"))
+        for phrase in ("misses 1 (cls_token)", "has besides 1 (extra)", "head.weight [10, 192] for [1000, 192]"):
+            assert phrase in line
+
+    def test_a_missing_extra(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        monkeypatch.setitem(sys.modules, "timm", None)
+        assert error_line(capsys, "demo") == "fastvit demo: demo needs timm: pip install 'fastvit[models,viz]'"
+
+
+class TestCheck:
+    @needs_cpu_kernels
+    def test_quick_passes(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["check", "--quick", "--device", "cpu", "--json", str(tmp_path / "check.json")]) == 0
+        output = capsys.readouterr().out
+        figures = json.loads((tmp_path / "check.json").read_text())
+        assert_finite(figures)
+        rows = figures["rows"]
+        assert {row["backend"] for row in rows} == {"cpu", "reference"}
+        assert {row["dtype"] for row in rows} == set(DTYPES)
+        assert {row["op"] for row in rows} == {"attention", "patch_embed"}
+        assert {row["verdict"] for row in rows} == {"pass"}
+        assert figures["summary"]["worst_ratio"] == max(row["ratio"] for row in rows)
+        assert any(row["tensor"].startswith("grad_") for row in rows)
+        assert {line["backend"] for line in figures["not_run"]} == {"triton", "cuda"}
+        assert re.search(rf"^{len(rows)} cases, worst ratio 0\.\d\d of what is allowed: pass", output, re.MULTILINE)
+        assert not CONTROL.search(output)
+        assert "not written yet" in output
+
+    def test_a_planted_wrong_kernel_misses(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        plant_wrong_attention(monkeypatch)
+        arguments = ["check", "--quick", "--backend", "reference", "--dtype", "float32", "--device", "cpu"]
+        assert main([*arguments, "--json", str(tmp_path / "check.json")]) == 1
+        figures = json.loads((tmp_path / "check.json").read_text())
+        verdicts = {(row["op"], row["verdict"]) for row in figures["rows"]}
+        assert verdicts == {("attention", "MISS"), ("patch_embed", "pass")}
+        assert not figures["summary"]["passed"]
+        assert "of what is allowed: MISS" in capsys.readouterr().out
+
+    def test_a_kernel_that_raises_is_reported(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        from fastvit.kernels import reference
+
+        def broken(*_: Any) -> None:
+            raise RuntimeError("no such\ninstruction")
+
+        monkeypatch.setattr(reference, "patch_embed_forward", broken)
+        assert main(["check", "--quick", "--backend", "reference", "--dtype", "bfloat16", "--device", "cpu"]) == 1
+        assert "errors, worst ratio" in " ".join(capsys.readouterr().out.split())
+
+    def test_what_one_case_cannot_run_is_skipped(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from fastvit.kernels import reference
+
+        monkeypatch.setattr(reference, "attention_why_not", lambda spec: ["head_dim 64: at most 32"])
+        case = check._cases([torch.float32], quick=True)[0]
+        row = check._run_one(case, "reference", torch.device("cpu"))
+        assert (row.verdict, row.reason, row.ratio) == ("skipped", "head_dim 64: at most 32", None)
+
+    def test_nothing_measured_is_no_pass(self) -> None:
+        assert not check._summary([])["passed"]
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--backend", "cuda"], "--backend: got 'cuda', which cannot run here (on cpu: "),
+            (["--backend", "tpu"], "--backend: got 'tpu'; accepted are cpu, triton, cuda, reference"),
+            (["--dtype", "int8"], "--dtype: got 'int8'; accepted are float32, float16, bfloat16"),
+            (["--json", "/nowhere/at/all.json"], "--json: got '/nowhere/at/all.json'"),
+        ],
+    )
+    def test_bad_input(self, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+        line = error_line(capsys, "check", "--device", "cpu", *arguments)
+        assert line.startswith("fastvit check: ")
+        assert message in line
+
+
+class TestEnv:
+    def test_json_on_stdout(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["env", "--json"]) == 0
+        output, error = capsys.readouterr()
+        figures = json.loads(output)
+        assert_finite(figures)
+        assert figures["versions"]["torch"]
+        assert figures["backends"][0]["device"] == "cpu"
+        assert [line["backend"] for line in figures["backends"][0]["ops"]["attention"]] == BACKENDS
+        assert [place["backend"] for place in figures["backends"][0]["automatic_order"]][-1] == "reference"
+        assert "Backends on cpu" in error
+
+    @pytest.mark.parametrize("absent", ["fastvit._C", "triton", "timm"])
+    def test_without(self, absent: str) -> None:
+        code = f"import sys; sys.modules[{absent!r}] = None; from fastvit.cli import main; main(['env', '--json'])"
+        given = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=given, check=False)
+        assert done.returncode == 0, done.stderr
+        figures = json.loads(done.stdout)
+        lines = {line["backend"]: line for line in figures["backends"][0]["ops"]["attention"]}
+        assert lines["reference"]["can_run"]
+        if absent == "fastvit._C":
+            assert figures["built"]["fastvit._C"].startswith("not usable: fastvit._C cannot be imported")
+            assert lines["cpu"]["why_not"][0].startswith("fastvit._C cannot be imported")
+            assert lines["reference"]["automatic"]
+        if absent == "triton":
+            assert lines["triton"]["why_not"][0].startswith("triton cannot be imported")
+
+
+class TestCommand:
+    @pytest.mark.parametrize(("arguments", "given"), [([], "nothing"), (["demmo"], "'demmo'")])
+    def test_no_such_command(self, arguments: list[str], given: str, capsys: pytest.CaptureFixture[str]) -> None:
+        expected = f"fastvit: command: got {given}; accepted are demo, check, env (fastvit --help)"
+        assert error_line(capsys, *arguments) == expected
+
+    def test_module_and_help(self) -> None:
+        done = subprocess.run([sys.executable, "-m", "fastvit", "--help"], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        for command in ("demo", "check", "env"):
+            assert command in done.stdout
+
+    def test_nothing_heavy_is_imported_for_help(self) -> None:
+        code = (
+            "import sys; from fastvit.cli import _parser; _parser().format_help(); "
+            "print([m for m in ('timm', 'matplotlib', 'skimage', 'rich.table', 'triton') if m in sys.modules])"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == "[]"
+
+    def test_interrupted(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        from fastvit.commands import env
+
+        def interrupt() -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(env, "environment", interrupt)
+        assert main(["env"]) == 130
+        assert capsys.readouterr() == ("", "")
+
+    def test_figures_that_are_not_finite_stay_json(self, capsys: pytest.CaptureFixture[str]) -> None:
+        write_json({"ratio": math.inf, "rows": [(math.nan, 1.0)]}, "-")
+        assert json.loads(capsys.readouterr().out) == {"ratio": "inf", "rows": [["nan", 1.0]]}
+
+    @pytest.mark.parametrize(("columns", "width"), [("80", 120), ("150", 150)])
+    def test_a_pipe_is_wide(self, columns: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("COLUMNS", columns)
+        assert make_console(None).width == width
+
+
+def test_race_is_taken_in_turn() -> None:
+    order: list[str] = []
+    result = race("x", lambda: order.append("torch"), lambda: order.append("ours"), torch.device("cpu"), 1.0, 4)
+    assert order == ["torch", "ours"] * (len(order) // 2)
+    assert result.pytorch.rounds == result.fastvit.rounds == 4
+    assert result.ratio == result.pytorch.p50 / result.fastvit.p50
