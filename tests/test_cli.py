@@ -18,7 +18,7 @@ import fastvit.commands.demo as demo
 import fastvit.commands.subject as subjects
 from fastvit.cli import _parser, main
 from fastvit.commands import DTYPES, check, make_console, write_json
-from fastvit.commands.timing import race
+from fastvit.commands.timing import Clock, race
 from fastvit.kernels import native
 from fastvit.ops import backends
 
@@ -414,6 +414,14 @@ class TestCommand:
     def test_a_pipe_is_wide(self, columns: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("COLUMNS", columns)
         assert make_console(None).width == width
+
+
+def test_other_processes_are_noticed() -> None:
+    cpu, processors = torch.device("cpu"), os.cpu_count() or 1
+    assert 0 <= Clock().processors_busy_elsewhere() <= processors
+    assert demo._company(torch.device("cuda"), 99.0) == []
+    assert demo._company(cpu, processors - torch.get_num_threads() + 0.1) == []
+    assert "so the times say little" in demo._company(cpu, processors - torch.get_num_threads() + 0.9)[0]
 
 
 def test_race_is_taken_in_turn() -> None:

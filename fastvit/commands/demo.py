@@ -28,7 +28,7 @@ from fastvit.commands import (
 from fastvit.commands.env import cpu_name, environment, explanation_row, standard_specs
 from fastvit.commands.pictures import draw_attention, draw_times
 from fastvit.commands.subject import Subject, check_backend, prepare, receive
-from fastvit.commands.timing import Race, race, ratio_text
+from fastvit.commands.timing import Clock, Race, race, ratio_text
 from fastvit.ops.backends import Explanation, explain
 from fastvit.testing import Comparison, compare
 
@@ -63,11 +63,13 @@ def _run(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype
     _print_subject(console, subject)
     receive(subject)
     check_backend(subject.backend, subject.specs)
-    subject.notes += _company(device)
     comparisons = _errors(subject)
     console.print(_error_table(comparisons))
     del subject.exact
+    clock = Clock()
     races = _races(subject, arguments.repeats)
+    crowd = _company(device, clock.processors_busy_elsewhere())
+    subject.crowded, subject.notes = bool(crowd), subject.notes + crowd
     console.print(_time_table(races))
     console.print(_backend_table(subject))
     pictures = _draw(subject, races, out)
@@ -83,14 +85,14 @@ def _run(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype
     return 0 if passed else 1
 
 
-def _company(device: torch.device) -> list[str]:
-    """Return a note if other work keeps this machine's processors busy: then threads wait for one another at each layer."""
-    load, processors = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
-    if device.type != "cpu" or load + torch.get_num_threads() <= processors + 0.5:
+def _company(device: torch.device, others: float) -> list[str]:
+    """Return a note if other processes left too few processors: the threads then wait for each other at every layer."""
+    processors = os.cpu_count() or 1
+    if device.type != "cpu" or others + torch.get_num_threads() <= processors + 0.25:
         return []
     return [
-        f"this machine was not idle (load {load:.1f} on {processors} processors), so the times say little; "
-        "try again when it is, or with --threads 1"
+        f"other processes kept {others:.1f} of {processors} processors busy meanwhile, so the times say little: try "
+        "again when the machine is idle, or with fewer --threads"
     ]
 
 
@@ -196,6 +198,7 @@ def _draw(subject: Subject, races: list[Race], out: Path) -> dict[str, str | Non
     images = subject.images
     batch, _, height, width = images.shape
     subtitle = f"batch {batch}, {height}×{width} pixels, {short(images.dtype)}, {_where(subject)}"
+    subtitle += "; NOT IDLE: other processes ran meanwhile" if subject.crowded else ""
     draw_times(out / "times.png", races, f"{subject.name}: PyTorch and fastvit", subtitle)
     return pictures
 
@@ -309,5 +312,6 @@ def _figures(
             for op, spec in subject.specs.items()
         },
         "pictures": pictures,
+        "machine_was_idle": not subject.crowded,
         "notes": subject.notes,
     }  # fmt: skip

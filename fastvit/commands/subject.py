@@ -42,6 +42,7 @@ class Subject:
     report: SwapReport
     backend: str | None
     notes: list[str]
+    crowded: bool = False
     attention: str | None = None
     patch_embed: str | None = None
     attention_call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,6 +46,29 @@ class Race:
         """Return the race as JSON figures, times in milliseconds."""
         return {"name": self.name, "pytorch_ms": vars(self.pytorch), "fastvit_ms": vars(self.fastvit),
                 "ratio": self.ratio}  # fmt: skip
+
+
+class Clock:
+    """Measures, from its construction on, how busy other processes keep this machine; Linux only."""
+
+    def __init__(self) -> None:
+        self._start = self._read()
+
+    def processors_busy_elsewhere(self) -> float:
+        """Return how many processors others kept busy on average, 0 where that is unknown."""
+        elapsed, busy, own = (now - then for now, then in zip(self._read(), self._start, strict=True))
+        return max(busy - own, 0.0) / elapsed if busy else 0.0
+
+    @staticmethod
+    def _read() -> tuple[float, float, float]:
+        try:
+            fields = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]
+            ticks = os.sysconf("SC_CLK_TCK")
+        except (OSError, ValueError):
+            return time.perf_counter(), 0.0, time.process_time()
+        # user nice system idle iowait irq softirq steal (proc_stat(5)); stolen time belongs to nobody here.
+        busy = sum(int(fields[index]) for index in (0, 1, 2, 5, 6)) / ticks
+        return time.perf_counter(), busy, time.process_time()
 
 
 def ratio_text(ratio: float) -> str:
