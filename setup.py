@@ -77,7 +77,7 @@ class BuildNative(build_ext):
             # Its annotation says str; it takes a file. Lines must not wrap inside quoted defines.
             write_ninja(Writer(file, width=1000), compiler, target)  # type: ignore[arg-type]
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        subprocess.run([Path(BIN_DIR) / "ninja", "-C", build, *jobs], check=True)
+        subprocess.run([Path(BIN_DIR) / "ninja", "--quiet", "-C", build, *jobs], check=True)
 
 
 def write_ninja(ninja: Writer, compiler: str, target: Path) -> None:
