@@ -1,8 +1,8 @@
 """Correctness, then speed, of the Triton kernels on a GPU: ``python -m benchmarks.gpu`` (``make gpu``).
 
-A case that misses the tolerance rule is not timed. Attention meets each of SDPA's backends, pinned one at a time; times
-are of CUDA graphs, between events, with a buffer larger than the second-level cache written before each replay. Needs no
-network. Without a GPU it says so and exits 3.
+A case that misses the tolerance rule is not timed. Attention meets each of SDPA's backends, pinned one at a time;
+times are of CUDA graphs, between events, with a buffer larger than the second-level cache written before each replay.
+Needs no network. Without a GPU it says so and exits 3.
 """
 
 from __future__ import annotations

@@ -33,14 +33,20 @@ struct TileArgs {
 
 // What one step of k multiplies: one element of A with a vector of B, ...
 struct Multiply {
+  static constexpr int64_t kTerms = 32;
   template <class T>
   static Vec<T> add(Vec<T> sum, Vec<T> left, Vec<T> right) {
     return sum + left * right;
   }
 };
+// The same in longer chains, for sums so long that PyTorch's own are no shorter.
+struct MultiplyLong : Multiply {
+  static constexpr int64_t kTerms = 128;
+};
 // ... or, where the processor has it, a pair of neighbouring bfloat16 (in the bits of a float) with a vector of pairs.
 #if defined(__AVX512BF16__)
 struct MultiplyPairs {
+  static constexpr int64_t kTerms = 128;
   template <class T>
   static Vec<T> add(Vec<T> sum, Vec<T> left, Vec<T> right) {
     return (Vec<T>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)left, (__m512bh)right);
@@ -50,8 +56,8 @@ struct MultiplyPairs {
 
 // Terms that a register sums up before it is added to C. A long chain of additions loses digits that PyTorch, which
 // sums blocks or lanes, keeps; a small tile has time for short chains, and PyTorch's small products have the shortest.
-template <int Rows, int Vectors>
-constexpr int64_t kChain = Rows * Vectors <= kTileRows ? 8 : 32;
+template <class Step, int Rows, int Vectors>
+constexpr int64_t kChain = Rows * Vectors <= kTileRows ? 8 : Step::kTerms;
 
 template <class Step, class T, int Rows, int Vectors, bool Accumulate>
 void tile(const TileArgs<T>& args) {
@@ -59,8 +65,8 @@ void tile(const TileArgs<T>& args) {
   const T* a = args.a;
   const T* b = args.b;
   const int64_t a_row = args.a_row;
-  for (int64_t begin = 0; begin < args.k; begin += kChain<Rows, Vectors>) {
-    const int64_t end = min64(begin + kChain<Rows, Vectors>, args.k);
+  for (int64_t begin = 0; begin < args.k; begin += kChain<Step, Rows, Vectors>) {
+    const int64_t end = min64(begin + kChain<Step, Rows, Vectors>, args.k);
     Vec<T> accumulator[Rows][Vectors] = {};
     for (int64_t k = begin; k < end; ++k) {
       Vec<T> right[Vectors];

@@ -35,7 +35,7 @@ constexpr bool kHasPairs = true;
 using PairStep = MultiplyPairs;
 #else
 constexpr bool kHasPairs = false;
-using PairStep = Multiply;
+using PairStep = MultiplyLong;
 #endif
 
 template <class In>
@@ -67,7 +67,7 @@ class PatchEmbed {
       // An odd patch would end in half a pair.
       if (size_ % 2 == 0) return forward_units<BFloat16, PairStep>(begin, end);
     }
-    forward_units<T, Multiply>(begin, end);
+    forward_units<T, MultiplyLong>(begin, end);
   }
 
   void backward_weight(int64_t begin, int64_t end) {
@@ -92,8 +92,8 @@ class PatchEmbed {
       for (int64_t d = 0; d < num_rows; ++d) grad_bias[d] = 0;
       for (int64_t step = 0; step < steps.count; ++step) {
         const int64_t first = steps.begin(step), count = steps.length(step);
+        gather(first, count, column, num_columns, patches, width);
         for (int64_t t = 0; t < count; ++t) {
-          gather(first + t, column, num_columns, patches + t * width);
           for (int64_t k = num_columns; k < width; ++k) patches[t * width + k] = 0;
           const In* source = token(first + t) + row;
           if (!in_place) load_row(source, num_rows, T(1), grad_tokens + t * num_rows);
@@ -149,7 +149,7 @@ class PatchEmbed {
                           {grads.data, grads.stride, 1, panel, width, grad_patches + t * width, width, p_.embed_dim});
         t += here;
       }
-      for (int64_t t = 0; t < count; ++t) scatter(grad_patches + t * width, first + t, column, num_columns);
+      scatter(grad_patches, width, first, count, column, num_columns);
     }
   }
 
@@ -185,9 +185,7 @@ class PatchEmbed {
         for (int64_t d = num_rows; d < rows.size; ++d) bias[d] = 0;
         loaded = row_part;
       }
-      for (int64_t t = 0; t < count; ++t) {
-        gather(first + t, 0, size_, reinterpret_cast<Element*>(patches + t * units));
-      }
+      gather(first, count, 0, size_, reinterpret_cast<Element*>(patches), size_);
       for (int64_t d = 0; d < num_rows; d += W) {
         const int64_t lanes = min64(W, num_rows - d);
         const int vectors = int(ceil_div(lanes, L));
@@ -231,17 +229,26 @@ class PatchEmbed {
     return tokens_ + index / per_image_ * p_.token_batch_stride + index % per_image_ * p_.token_stride;
   }
 
-  // Calls f(pixels, offset, run) for each run of pixels in columns [column, column + count) of the token's patch.
-  template <class F>
-  void for_each_run(int64_t index, int64_t column, int64_t count, const F& f) const {
+  // The first pixel of the token's patch.
+  In* corner(int64_t index) const {
     const int64_t image = index / per_image_, cell = index % per_image_;
-    In* corner = images_ + image * p_.image_stride + cell / p_.columns * p_.patch_height * p_.height_stride +
-                 cell % p_.columns * p_.patch_width * p_.width_stride;
+    return images_ + image * p_.image_stride + cell / p_.columns * p_.patch_height * p_.height_stride +
+           cell % p_.columns * p_.patch_width * p_.width_stride;
+  }
+
+  // Calls f(pixels, t, offset, run) for each token [first, first + count) and each run of pixels in columns
+  // [column, column + num_columns) of its patch. The tokens are the inner loop: theirs are neighbouring pixels of one
+  // image row, which is the order in which memory is read ahead.
+  template <class F>
+  void for_each_run(int64_t first, int64_t count, int64_t column, int64_t num_columns, const F& f) const {
+    In* corners[kTokenRows];
+    for (int64_t t = 0; t < count; ++t) corners[t] = corner(first + t);
     int64_t x = column % p_.patch_width, y = column / p_.patch_width % p_.patch_height;
     int64_t channel = column / (p_.patch_width * p_.patch_height);
-    for (int64_t offset = 0; offset < count;) {
-      const int64_t run = min64(p_.patch_width - x, count - offset);
-      f(corner + channel * p_.channel_stride + y * p_.height_stride + x * p_.width_stride, offset, run);
+    for (int64_t offset = 0; offset < num_columns;) {
+      const int64_t run = min64(p_.patch_width - x, num_columns - offset);
+      const int64_t pixel = channel * p_.channel_stride + y * p_.height_stride + x * p_.width_stride;
+      for (int64_t t = 0; t < count; ++t) f(corners[t] + pixel, t, offset, run);
       offset += run;
       x = 0;
       if (++y == p_.patch_height) {
@@ -265,18 +272,23 @@ class PatchEmbed {
     }
   }
 
+  // Gathers columns of the patches of consecutive tokens into `target`, one token per row.
   template <class Element>
-  void gather(int64_t index, int64_t column, int64_t count, Element* target) const {
-    for_each_run(index, column, count, [&](const In* pixels, int64_t offset, int64_t run) {
-      if (p_.width_stride == 1) return copy_run(pixels, run, target + offset);
-      for (int64_t i = 0; i < run; ++i) copy_run(pixels + i * p_.width_stride, 1, target + offset + i);
+  void gather(int64_t first, int64_t count, int64_t column, int64_t num_columns, Element* target,
+              int64_t target_stride) const {
+    for_each_run(first, count, column, num_columns, [&](const In* pixels, int64_t t, int64_t offset, int64_t run) {
+      Element* row = target + t * target_stride + offset;
+      if (p_.width_stride == 1) return copy_run(pixels, run, row);
+      for (int64_t i = 0; i < run; ++i) copy_run(pixels + i * p_.width_stride, 1, row + i);
     });
   }
 
-  void scatter(const T* source, int64_t index, int64_t column, int64_t count) const {
-    for_each_run(index, column, count, [&](In* pixels, int64_t offset, int64_t run) {
-      if (p_.width_stride == 1) return store_row(source + offset, run, pixels);
-      for (int64_t i = 0; i < run; ++i) store_row(source + offset + i, 1, pixels + i * p_.width_stride);
+  void scatter(const T* source, int64_t source_stride, int64_t first, int64_t count, int64_t column,
+               int64_t num_columns) const {
+    for_each_run(first, count, column, num_columns, [&](In* pixels, int64_t t, int64_t offset, int64_t run) {
+      const T* row = source + t * source_stride + offset;
+      if (p_.width_stride == 1) return store_row(row, run, pixels);
+      for (int64_t i = 0; i < run; ++i) store_row(row + i, 1, pixels + i * p_.width_stride);
     });
   }
 
