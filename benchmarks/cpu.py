@@ -14,6 +14,7 @@ from rich.table import Table
 
 from benchmarks import cases, harness
 from benchmarks.harness import Contest, Row
+from fastvit.commands.env import cpu_name
 
 
 def contests(quick: bool) -> Iterator[Contest]:
@@ -68,7 +69,7 @@ def main() -> None:
         "--out", type=Path, help="CSV to write (default: results/cpu-<device>-<date>.csv; --quick: none)"
     )
     arguments = parser.parse_args()
-    device = harness.device_name()
+    device = cpu_name()
     torch.manual_seed(0)
     rows = []
     try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import platform
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -123,15 +122,6 @@ def attention_flop(batch: int, heads: int, seqlen: int, head_dim: int) -> float:
 def patch_embed_flop(batch: int, tokens: int, embed_dim: int, patch_elements: int) -> float:
     """Return the FLOP of the projection: 2 B N D K; backward of weight and bias is as much again."""
     return 2.0 * batch * tokens * embed_dim * patch_elements
-
-
-def device_name() -> str:
-    """Return the processor's name, as the kernel tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def capability() -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastvit.kernels.spec import AttentionSpec
 from fastvit.ops.autocast import register_autocast
 from fastvit.ops.backends import requested_backend, select
+from fastvit.ops.checks import rows_contiguous
 
 _LIBRARY = torch.library.Library("fastvit", "FRAGMENT")
 _LIBRARY.define(
@@ -51,10 +52,6 @@ def _unpack(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return query, key, value
 
 
-def _rows_contiguous(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
 def _spec(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, is_causal: bool) -> AttentionSpec:
     batch, heads, seqlen_q, head_dim = query.shape
     return AttentionSpec(
@@ -91,7 +88,7 @@ def _run_forward(
         return
     if bias is not None:
         bias = bias.expand(*lse.shape, key.shape[2])
-    query, key, value = _rows_contiguous(query), _rows_contiguous(key), _rows_contiguous(value)
+    query, key, value = rows_contiguous(query), rows_contiguous(key), rows_contiguous(value)
     kernels.attention_forward(query, key, value, bias, output, lse, is_causal=is_causal, scale=scale)
 
 
@@ -116,8 +113,8 @@ def _run_backward(
         return
     if bias is not None:
         bias = bias.expand(*lse.shape, key.shape[2])
-    grad_output = torch.zeros_like(output) if grad_output is None else _rows_contiguous(grad_output)
-    query, key, value = _rows_contiguous(query), _rows_contiguous(key), _rows_contiguous(value)
+    grad_output = torch.zeros_like(output) if grad_output is None else rows_contiguous(grad_output)
+    query, key, value = rows_contiguous(query), rows_contiguous(key), rows_contiguous(value)
     kernels.attention_backward(
         grad_output, grad_lse, query, key, value, bias, output, lse, *grads, is_causal=is_causal, scale=scale
     )

@@ -77,3 +77,8 @@ def check_bias(name: str, bias: Tensor | None, query: Tensor, scores_shape: tupl
     while bias.dim() < 4:
         bias = bias.unsqueeze(0)
     return bias
+
+
+def rows_contiguous(tensor: Tensor) -> Tensor:
+    """Return ``tensor``, copied if its last dimension is not contiguous: the one layout that kernels ask for."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()

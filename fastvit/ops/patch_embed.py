@@ -13,7 +13,7 @@ from torch import Tensor
 from fastvit.kernels.spec import PatchEmbedSpec
 from fastvit.ops.autocast import register_autocast
 from fastvit.ops.backends import check_backend_name, requested_backend, select
-from fastvit.ops.checks import check_same, check_tensor
+from fastvit.ops.checks import check_same, check_tensor, rows_contiguous
 
 
 def patch_embed(images: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
@@ -88,10 +88,6 @@ def _allocate_tokens(images: Tensor, weight: Tensor) -> Tensor:
     return images.new_empty(batch, (height // patch_height) * (width // patch_width), embed_dim)
 
 
-def _rows_contiguous(grad_output: Tensor) -> Tensor:
-    return grad_output if grad_output.stride(-1) == 1 else grad_output.contiguous()
-
-
 @torch.library.impl(_LIBRARY, "patch_embed", "CompositeExplicitAutograd")
 def _patch_embed(images: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None) -> Tensor:
     kernels = select(_spec(images, weight), backend)
@@ -109,7 +105,7 @@ def _patch_embed_backward_weight(
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     grad_bias = weight.new_empty(weight.shape[0])
     if grad_output.numel():
-        kernels.patch_embed_backward_weight(_rows_contiguous(grad_output), images, grad_weight, grad_bias)
+        kernels.patch_embed_backward_weight(rows_contiguous(grad_output), images, grad_weight, grad_bias)
     else:
         grad_weight.zero_()
         grad_bias.zero_()
@@ -121,7 +117,7 @@ def _patch_embed_backward_images(grad_output: Tensor, images: Tensor, weight: Te
     kernels = select(_spec(images, weight), backend)
     grad_images = torch.empty_like(images)
     if grad_output.numel():
-        kernels.patch_embed_backward_images(_rows_contiguous(grad_output), weight.contiguous(), grad_images)
+        kernels.patch_embed_backward_images(rows_contiguous(grad_output), weight.contiguous(), grad_images)
     return grad_images
 
 
