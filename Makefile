@@ -4,15 +4,15 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 EXTRAS := models,viz,bench,test,lint
-CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 
 .PHONY: demo test check bench lint format gpu clean
 
 demo: $(VENV)/.built
 	$(BIN)/fastvit demo $(ARGS)
 
-test: $(VENV)/.built
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.built $(VENV)/.emulator
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup $(ARGS)
 
 check: $(VENV)/.built
 	$(BIN)/fastvit check $(ARGS)
@@ -35,16 +35,22 @@ gpu: $(VENV)/.built
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist demo *.egg-info fastvit/_C.*
+	rm -rf $(VENV) build dist demo *.egg-info fastvit/_C.* fastvit/_emulator.*
 
 # --no-build-isolation: the build uses the torch that is installed here, instead of downloading another for itself.
+# FASTVIT_BUILD_NATIVE=0: the native part is built in place, next, and need not be built twice.
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "fastvit needs Python >= 3.11; this is " + sys.version.split()[0] + ": make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c $(CONSTRAINTS) setuptools pybind11 ninja numpy torch torchvision
-	$(BIN)/pip install --quiet -c $(CONSTRAINTS) --no-build-isolation -e '.[$(EXTRAS)]'
+	FASTVIT_BUILD_NATIVE=0 $(BIN)/pip install --quiet -c $(CONSTRAINTS) --no-build-isolation -e '.[$(EXTRAS)]'
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed setup.py $(CPP)
 	$(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
+
+# The CUDA kernels for the host: they run on every change, on machines without a GPU.
+$(VENV)/.emulator: $(VENV)/.installed setup.py $(CPP)
+	FASTVIT_BUILD_EMULATOR=only $(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@

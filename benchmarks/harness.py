@@ -145,7 +145,11 @@ def commit() -> str:
     return name.stdout.strip()
 
 
-SOURCES = {"cpu": ("csrc/cpu/*", "csrc/params.h"), "triton": ("fastvit/kernels/triton/*.py",)}
+SOURCES = {
+    "cpu": ("csrc/cpu/*", "csrc/params.h"),
+    "cuda": ("csrc/cuda/*", "csrc/params.h"),
+    "triton": ("fastvit/kernels/triton/*.py",),
+}
 
 
 def source_hash(backend: str = "cpu") -> str:

@@ -25,8 +25,13 @@ inline void check_shape(const Tensor& tensor, const char* name, std::initializer
   STD_TORCH_CHECK(same, name, ": its shape does not match the other arguments");
 }
 
-inline void check_cpu(const Tensor& tensor, const char* name, ScalarType dtype) {
+inline void check_cpu(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.is_cpu(), name, ": accepted is a CPU tensor");
+}
+
+inline void check_like(const Tensor& tensor, const char* name, const Tensor& first, ScalarType dtype) {
+  STD_TORCH_CHECK(tensor.is_cpu() == first.is_cpu() && tensor.get_device_index() == first.get_device_index(), name,
+                  ": it is not on the device of the other arguments");
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": its dtype does not match the other arguments");
 }
 

@@ -22,5 +22,8 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cuda_architectures", [] { return std::string(FASTVIT_CUDA_ARCHITECTURES); },
       "Return the CUDA architectures in this build, separated by spaces; empty without CUDA kernels.");
+  m.def(
+      "cuda_compiler", [] { return std::string(FASTVIT_CUDA_COMPILER); },
+      "Return nvcc's version, empty without CUDA kernels.");
   m.def("compiler", [] { return std::string(__VERSION__); }, "Return the version of the C++ compiler.");
 }

@@ -1,14 +1,24 @@
 // Every native op's schema, once. The public ops (fastvit::attention, …) are defined in Python, so that they exist
-// without a compiler; these are what the `cpu` backend calls. Outputs are allocated by the caller and written in place.
+// without a compiler; these are what the `cpu` and `cuda` backends call. Outputs are allocated by the caller and
+// written in place. The emulator's library has the same ops, on CPU tensors, under a name of its own.
 #include <torch/csrc/stable/library.h>
 
+#ifdef FASTVIT_EMULATOR
+STABLE_TORCH_LIBRARY(fastvit_emulated, m) {
+#else
 STABLE_TORCH_LIBRARY(fastvit_native, m) {
+#endif
   m.def(
       "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor(a!) output, Tensor(b!) lse,"
       " bool is_causal, float scale) -> ()");
+  // One form of the CUDA kernels by name, for measuring it; attention_forward chooses by itself.
+  m.def(
+      "attention_forward_sm90(Tensor query, Tensor key, Tensor value, Tensor(a!) output, Tensor(b!) lse, float scale)"
+      " -> ()");
   m.def(
       "attention_backward(Tensor grad_output, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor? bias,"
-      " Tensor lse, Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, bool is_causal, float scale)"
+      " Tensor output, Tensor lse, Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, bool is_causal, "
+      "float scale)"
       " -> ()");
   m.def("patch_embed_forward(Tensor images, Tensor weight, Tensor? bias, Tensor(a!) output) -> ()");
   m.def(

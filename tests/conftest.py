@@ -9,6 +9,7 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +20,8 @@ from fastvit.testing import Comparison
 # their number themselves.
 torch.set_num_threads(1)
 
-_worst: dict[str, Comparison] = {}
-_counts: dict[str, int] = {}
+# For each label: the number of cases, and the worst ratio with the tensor it was met in.
+_summary: dict[str, tuple[int, float, str]] = {}
 
 
 @pytest.fixture(autouse=True)
@@ -43,18 +44,32 @@ def hold() -> Callable[[str, Iterable[Comparison], object], None]:
 
     def check(label: str, comparisons: Iterable[Comparison], case: object = None) -> None:
         for comparison in comparisons:
-            if label not in _worst or comparison.ratio > _worst[label].ratio:
-                _worst[label] = comparison
+            _add(label, 0, comparison.ratio, comparison.name)
             assert comparison.passed, f"{label}: {comparison}\n{case}"
-        _counts[label] = _counts.get(label, 0) + 1
+        _add(label, 1, 0.0, "")
 
     return check
 
 
+def _add(label: str, cases: int, ratio: float, name: str) -> None:
+    counted, worst, where = _summary.get(label, (0, -1.0, ""))
+    _summary[label] = (counted + cases, *max((worst, where), (ratio, name)))
+
+
+# With pytest-xdist each worker has a summary of its own, which the controller adds up.
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["tolerance"] = [(label, *values) for label, values in _summary.items()]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    for label, cases, ratio, name in getattr(node, "workeroutput", {}).get("tolerance", []):
+        _add(label, cases, ratio, name)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if _worst:
+    if _summary:
         terminalreporter.section("tolerance rule: worst error as a part of what is allowed")
-        for label, worst in sorted(_worst.items()):
-            terminalreporter.write_line(
-                f"{label}: {_counts.get(label, 0)} cases, worst {worst.ratio:.2f} ({worst.name})"
-            )
+        for label, (cases, ratio, name) in sorted(_summary.items()):
+            terminalreporter.write_line(f"{label}: {cases} cases, worst {ratio:.2f} ({name})")

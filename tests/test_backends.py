@@ -43,7 +43,7 @@ def test_every_place_in_the_order_has_its_committed_evidence() -> None:
 def test_every_backend_explains_itself(spec: backends.Spec) -> None:
     rows = {row.backend: row for row in backends.explain(spec)}
     assert set(rows) == {"cpu", "triton", "cuda", "reference"}
-    assert rows["cuda"].reasons == ("the CUDA C++ kernels are not written yet",)
+    assert rows["cuda"].reasons[0] == "device cpu: only CUDA tensors"
     assert "can; chosen automatically" in str(rows["cpu"])
     assert "by name" in str(rows["reference"])
 
@@ -52,7 +52,7 @@ def test_an_explicit_backend_that_cannot_run_raises_with_every_reason() -> None:
     with pytest.raises(RuntimeError) as error, fastvit.backend("cuda"):
         run()
     assert "backend 'cuda' cannot run this call" in str(error.value)
-    for name in ("cpu: can", "reference: can", "cuda: cannot: the CUDA C++ kernels are not written yet"):
+    for name in ("cpu: can", "reference: can", "cuda: cannot: device cpu: only CUDA tensors"):
         assert name in str(error.value)
     with pytest.raises(RuntimeError, match="float64"):
         fastvit.attention(*torch.randn(3, 1, 1, 4, 8, dtype=torch.float64), backend="triton")

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from fastvit.kernels import cuda
 
 ROOT = Path(__file__).parent.parent
 TORCH_INCLUDE = re.compile(r'#\s*include\s*[<"](torch|ATen|c10)/([^>"]*)')
@@ -22,7 +27,7 @@ def sources(pattern: str) -> list[Path]:
 
 
 def test_kernels_never_see_torch() -> None:
-    for path in sources("csrc/cpu/*"):
+    for path in [*sources("csrc/cpu/*"), *sources("csrc/cuda/*"), *sources("csrc/emulator/*.h")]:
         assert not TORCH_INCLUDE.search(path.read_text()), path
 
 
@@ -74,25 +79,56 @@ def test_cuda_that_is_asked_for_and_absent_is_an_error(tmp_path: Path) -> None:
     assert "FASTVIT_BUILD_CUDA: got 'yes'; accepted are 0, 1 and unset" in result.stderr
 
 
-def test_cuda_sources_are_compiled_when_nvcc_is_found(tmp_path: Path) -> None:
-    nvcc = shutil.which(os.environ.get("NVCC", "nvcc"))
-    if nvcc is None:
-        pytest.skip("nvcc was not found")
-    # A copy of the tree with one kernel in csrc/cuda: the package itself has none yet.
-    tree = tmp_path / "tree"
-    shutil.copytree(ROOT / "csrc", tree / "csrc")
-    shutil.copytree(ROOT / "fastvit", tree / "fastvit", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tree)
-    (tree / "csrc/cuda").mkdir()
-    (tree / "csrc/cuda/twice.cu").write_text(
-        "__global__ void twice(float* x) { x[threadIdx.x] *= 2; }\n"
-        "void launch_twice(float* x) { twice<<<1, 32>>>(x); }\n"
-    )
-    code = "import torch; from fastvit import _C; print(_C.cuda_architectures())"
-    for wanted, expected in (("1", "80 90a"), ("0", "")):
-        environment = {**os.environ, "FASTVIT_BUILD_CUDA": wanted, "TORCH_CUDA_ARCH_LIST": "8.0;9.0a"}
-        command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-        subprocess.run(command, cwd=tree, env=environment, check=True, capture_output=True)
-        result = subprocess.run([sys.executable, "-c", code], cwd=tree, capture_output=True, text=True, check=True)
-        assert result.stdout.strip() == expected
+def read_setup(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Run setup.py without building anything; return what it defines."""
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+def test_which_toolkit_and_architectures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module = read_setup(monkeypatch)
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho '#$ TOP=/opt/toolkit/bin/..' >&2; echo 'Cuda compilation tools, V13.0.88'\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("NVCC", str(nvcc))
+    assert module["find_nvcc"]() == str(nvcc)
+    assert module["cuda_root"](str(nvcc)) == "/opt/toolkit"
+    assert module["nvcc_version"](str(nvcc)) == "13.0.88"
+    monkeypatch.setenv("FASTVIT_BUILD_CUDA", "0")
+    assert module["find_nvcc"]() is None
+    for given, expected in (("", ["80", "90a"]), ("8.6 9.0+PTX", ["86", "90"]), ("10.0a;12.0", ["100a", "120"])):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", given or "8.0;9.0a")
+        assert module["cuda_architectures"]() == expected
+
+
+def test_a_torch_without_cuda_builds_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module = read_setup(monkeypatch)
+    (tmp_path / "lib").mkdir()
+    monkeypatch.setitem(module["find_nvcc"].__globals__, "find_torch", lambda: tmp_path)
+    monkeypatch.setenv("NVCC", shutil.which("true") or "true")
+    assert module["find_nvcc"]() is None
+    monkeypatch.setenv("FASTVIT_BUILD_CUDA", "1")
+    with pytest.raises(SystemExit, match="the torch that is installed has no CUDA"):
+        module["find_nvcc"]()
+
+
+@pytest.mark.parametrize(("given", "expected"), [("", ["_C"]), ("1", ["_C", "_emulator"]), ("only", ["_emulator"])])
+def test_the_emulator_is_built_only_when_asked_for(
+    monkeypatch: pytest.MonkeyPatch, given: str, expected: list[str]
+) -> None:
+    monkeypatch.setenv("FASTVIT_BUILD_EMULATOR", given)
+    assert read_setup(monkeypatch)["NAMES"] == [f"fastvit.{name}" for name in expected]
+    monkeypatch.setenv("FASTVIT_BUILD_EMULATOR", "yes")
+    with pytest.raises(SystemExit, match="FASTVIT_BUILD_EMULATOR: got 'yes'; accepted are 0, 1, only and unset"):
+        read_setup(monkeypatch)
+
+
+def test_the_cuda_kernels_of_this_build() -> None:
+    if not cuda.built_kernels():
+        pytest.skip("fastvit._C was built without CUDA: nvcc was not found, or FASTVIT_BUILD_CUDA=0")
+    module = importlib.import_module("fastvit._C")
+    assert module.cuda_architectures().split()
+    assert re.fullmatch(r"\d+\.\d+\.\d+", module.cuda_compiler())
+    names = {name for name in cuda.built_kernels() if "attention_forward_resident" in name}
+    assert any("Half" in name for name in names)
+    assert any("BFloat16" in name for name in names)

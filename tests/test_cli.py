@@ -128,7 +128,7 @@ class TestDemo:
         assert "…" not in output
         assert not CONTROL.search(output)
         assert error == ""
-        for phrase in ("blocks.*.attn ×12", "whole model", "attention core", "logits", "not written yet"):
+        for phrase in ("blocks.*.attn ×12", "whole model", "attention core", "logits", "only CUDA tensors"):
             assert phrase in output
 
     def test_checkpoint_image_file_and_backend(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -295,7 +295,7 @@ class TestCheck:
         assert {line["backend"] for line in figures["not_run"]} == {"triton", "cuda"}
         assert re.search(rf"^{len(rows)} cases, worst ratio 0\.\d\d of what is allowed: pass", output, re.MULTILINE)
         assert not CONTROL.search(output)
-        assert "not written yet" in output
+        assert "only CUDA tensors" in output
 
     def test_a_planted_wrong_kernel_misses(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

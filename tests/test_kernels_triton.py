@@ -61,14 +61,26 @@ def torch_attention(
     return output, torch.logsumexp(plain_scores(query, key, bias, is_causal, scale), dim=-1)
 
 
-def torch_results(arguments: dict, dtype: torch.dtype | None = None) -> list[Tensor]:
+def written_out_attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """softmax(QKᵀ)V operation by operation in the dtype of the arguments, and the LSE."""
+    assert bias is None
+    assert not is_causal
+    scores = query @ key.mT * scale
+    return torch.softmax(scores, dim=-1) @ value, torch.logsumexp(scores.float(), dim=-1)
+
+
+def torch_results(
+    arguments: dict, dtype: torch.dtype | None = None, attention: Callable[..., tuple[Tensor, Tensor]] = torch_attention
+) -> list[Tensor]:
     """Output, LSE and the three gradients by PyTorch, in ``dtype`` or in that of the arguments."""
 
     def cast(tensor: Tensor | None) -> Tensor | None:
         return tensor if tensor is None or dtype is None or tensor.dtype == torch.bool else tensor.to(dtype)
 
     leaves = [cast(arguments[name]).detach().clone().requires_grad_() for name in ("query", "key", "value")]
-    output, lse = torch_attention(*leaves, cast(arguments["bias"]), arguments["is_causal"], arguments["scale"])
+    output, lse = attention(*leaves, cast(arguments["bias"]), arguments["is_causal"], arguments["scale"])
     grads = [cast(arguments["grad_output"])]
     outputs = [output]
     if arguments["grad_lse"] is not None:
@@ -108,8 +120,15 @@ def arguments_for(
     }
 
 
-def check(arguments: dict) -> None:
-    results = kernel_results(arguments), torch_results(arguments, torch.float64), torch_results(arguments)
+def check(arguments: dict, written_out: bool = False) -> None:
+    """Apply the rule; ``written_out`` chooses the yardstick of ``fastvit.testing.check_attention``.
+
+    PyTorch's CPU path for Dv != D computes 16 bits in float32. With Dv much larger than D it shows against that that
+    Δ = dO · O takes an output that is rounded, and whose P was: with all else exact but dS, dQ is at 1.38 of the limit.
+    """
+    attention = written_out_attention if written_out else torch_attention
+    own_results = torch_results(arguments, attention=attention)
+    results = kernel_results(arguments), torch_results(arguments, torch.float64), own_results
     for name, actual, expected, own in zip(("output", "lse", "dQ", "dK", "dV"), *results, strict=True):
         assert_close(actual, expected, own.to(actual.dtype), name)
 
@@ -129,13 +148,6 @@ def bias_for(kind: str, seqlen_q: int, seqlen_k: int, dtype: torch.dtype) -> Ten
     }[kind]
 
 
-# Seen to miss the rule against PyTorch on a CPU, which sums in another order than kernels of fused multiply-adds do.
-HEAD_DIM_MISSES = {
-    (256, torch.float32): "one chain of 256 multiply-adds, where the CPU's product is blocked",
-    (130, torch.float16): "P and dS are rounded to float16; PyTorch's CPU path for Dv != D keeps float32",
-}
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("seqlen", [1, 7, 49, 50, 197, 257])
 def test_lengths(seqlen: int, dtype: torch.dtype) -> None:
@@ -148,10 +160,9 @@ def test_lengths(seqlen: int, dtype: torch.dtype) -> None:
     ("head_dim", "head_dim_v"),
     [(1, 1), (8, 8), (32, 32), (72, 72), (80, 80), (88, 88), (128, 128), (200, 200), (256, 256), (64, 40), (16, 130)],
 )
-def test_head_dims(head_dim: int, head_dim_v: int, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
-    if (head_dim_v, dtype) in HEAD_DIM_MISSES:
-        request.applymarker(pytest.mark.xfail(reason=HEAD_DIM_MISSES[head_dim_v, dtype], strict=False))
-    check(arguments_for(50, 50, head_dim, head_dim_v, dtype, batch=1))
+def test_head_dims(head_dim: int, head_dim_v: int, dtype: torch.dtype) -> None:
+    arguments = arguments_for(50, 50, head_dim, head_dim_v, dtype, batch=1)
+    check(arguments, written_out=(head_dim_v, dtype) == (130, torch.float16))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -159,6 +170,20 @@ def test_head_dims(head_dim: int, head_dim_v: int, dtype: torch.dtype, request: 
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_cross_and_causal(seqlen_q: int, seqlen_k: int, is_causal: bool, dtype: torch.dtype) -> None:
     check(arguments_for(seqlen_q, seqlen_k, 32, 32, dtype, heads=2 if seqlen_q > 1 else 16, is_causal=is_causal))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k", "is_causal"), [(5, 1, False), (1, 9, True)])
+def test_a_single_key_stops_the_gradient(seqlen_q: int, seqlen_k: int, is_causal: bool, dtype: torch.dtype) -> None:
+    """softmax of one score is 1 whatever the score: what reaches query and key is 0, not a difference of two sums."""
+    arguments = arguments_for(seqlen_q, seqlen_k, 80, 80, dtype, is_causal=is_causal, grad_lse=False)
+    _, _, grad_query, grad_key, grad_value = kernel_results(arguments)
+    assert (grad_query == 0).all()
+    assert (grad_key == 0).all()
+    assert_close(grad_value[:, :, :1], arguments["grad_output"].double().sum(2, keepdim=True),
+                 arguments["grad_output"].sum(2, keepdim=True), "dV")  # fmt: skip
+    arguments["value"][0, 0, 0, 3] = NAN
+    assert kernel_results(arguments)[2][0, 0].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

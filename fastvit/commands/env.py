@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fastvit.commands import check_json_path, make_console, make_table, short, write_json
-from fastvit.kernels import native
+from fastvit.kernels import cuda, native
 from fastvit.kernels.spec import AttentionSpec, PatchEmbedSpec, Spec
 from fastvit.ops.backends import BACKENDS, Explanation, automatic_order, explain
 from fastvit.version import __version__
@@ -142,6 +142,7 @@ def _built() -> dict[str, Any]:
         "instruction set": _C.cpu_capability(),
         "instruction sets built": ", ".join(sets),
         "cuda architectures": _C.cuda_architectures() or "none: built without CUDA",
+        "cuda kernels": f"{len(cuda.built_kernels())} instantiations, by nvcc {_C.cuda_compiler() or '(none)'}",
     }
 
 

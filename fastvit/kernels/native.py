@@ -84,12 +84,11 @@ def attention_backward(
     is_causal: bool,
     scale: float,
 ) -> None:
-    """Write the gradients of query, key and value; deterministic. ``output`` is not needed (see the kernel)."""
-    del output
+    """Write the gradients of query, key and value; deterministic."""
     if grad_lse is not None:
         grad_lse = grad_lse.contiguous()
     torch.ops.fastvit_native.attention_backward(
-        grad_output, grad_lse, query, key, value, bias, lse, grad_query, grad_key, grad_value, is_causal, scale
+        grad_output, grad_lse, query, key, value, bias, output, lse, grad_query, grad_key, grad_value, is_causal, scale
     )
 
 

@@ -56,7 +56,7 @@ BACKENDS: dict[str, Backend] = {
     for backend in (
         Backend("cpu", "fastvit.kernels.native", "C++ for the CPU, one source compiled per instruction set"),
         Backend("triton", "fastvit.kernels.triton", "Triton for NVIDIA sm_80 to sm_100 and AMD gfx942"),
-        Backend("cuda", None, "CUDA C++ for NVIDIA sm_80 and up", absent="the CUDA C++ kernels are not written yet"),
+        Backend("cuda", "fastvit.kernels.cuda", "CUDA C++ for NVIDIA sm_80 and up"),
         Backend("reference", "fastvit.kernels.reference", "plain torch with the N×N matrix: the specification"),
     )
 }

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastvit.kernels.triton import configs
 from fastvit.kernels.triton.attention_fwd import LOG2_E, bias_and_mask, bias_arguments, load_tile, store_tile
+from fastvit.kernels.triton.products import add_product, sliced_product
 
 
 @triton.jit
@@ -43,14 +44,23 @@ def recomputed_probabilities(
     return tl.exp2(scores * (scale * LOG2_E) - lse * LOG2_E if FOLD else (scores - lse) * LOG2_E)
 
 
+@triton.jit
+def score_gradients(probabilities, grad_probabilities, delta, DELTA: tl.constexpr):
+    """Return dS = P ∘ (dP − Δ), in either orientation."""
+    if DELTA == "one key":
+        # Its mean over one key is dP itself. The difference is 0, or NaN where dP is not finite.
+        grad_probabilities -= grad_probabilities
+    return probabilities * (grad_probabilities - delta)
+
+
 @triton.jit(do_not_specialize=["num_heads", "seqlen_q"])
 def delta_kernel(
     grad_output_ptr, grad_lse_ptr, output_ptr, lse_ptr, delta_ptr, grad_output_strides, grad_lse_strides,
     output_strides, num_heads, seqlen_q,
     HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
-    SUM_DELTA: tl.constexpr,
+    DELTA: tl.constexpr,
 ):  # fmt: skip
-    """One program: Δ of BLOCK_M queries of one head; with SUM_DELTA only −dLSE, the rest is ``grad_query_kernel``'s."""
+    """One program: Δ of BLOCK_M queries of one head, or only −dLSE where the rest comes later (``configs.delta``)."""
     num_blocks = tl.cdiv(seqlen_q, BLOCK_M)
     first_row = tl.program_id(0) % num_blocks * BLOCK_M
     batch_head = (tl.program_id(0) // num_blocks).to(tl.int64)
@@ -58,7 +68,7 @@ def delta_kernel(
     rows = first_row + tl.arange(0, BLOCK_M)
 
     delta = tl.zeros([BLOCK_M], tl.float32)
-    if not SUM_DELTA:
+    if DELTA == "output":
         output_base = output_ptr + batch * output_strides[0] + head * output_strides[1]
         output_stride = tl.cast(output_strides[2], tl.int64)
         output = load_tile(output_base, first_row, output_stride, seqlen_q, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True)
@@ -79,28 +89,41 @@ def delta_kernel(
 
 @triton.jit
 def _add_query_block(
-    grad_key, grad_value, key, value, query_base, query_stride, grad_base, grad_stride, lse_ptr, delta_ptr,
-    normaliser_ptr, bias_base, bias_strides, columns, start, seqlen_q, seqlen_k, scale,
+    grad_key, grad_value, key_base, key_stride, key, value_base, value_stride, value, query_base, query_stride,
+    grad_base, grad_stride, lse_ptr, delta_ptr, normaliser_ptr, bias_base, bias_strides, first_column, start, seqlen_q,
+    seqlen_k, scale,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BIAS: tl.constexpr, IS_CAUSAL: tl.constexpr, CHECKED: tl.constexpr,
-    FOLD: tl.constexpr, PRECISION: tl.constexpr, SUM_DELTA: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_ROWS: tl.constexpr, SLICE: tl.constexpr, BIAS: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, CHECKED: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr, DELTA: tl.constexpr,
 ):  # fmt: skip
     """Add what the query block that begins at ``start`` gives to dK (before scaling) and dV; tiles are key by query."""
     query = load_tile(query_base, start, query_stride, seqlen_q, HEAD_DIM, BLOCK_ROWS, BLOCK_D, CHECKED)
-    rows = start + tl.arange(0, BLOCK_ROWS)
+    grad_output = load_tile(grad_base, start, grad_stride, seqlen_q, HEAD_DIM_V, BLOCK_ROWS, BLOCK_DV, CHECKED)
+    rows, columns = start + tl.arange(0, BLOCK_ROWS), first_column + tl.arange(0, BLOCK_N)
     lse, delta = load_row_statistics(lse_ptr, delta_ptr, rows, seqlen_q)
-    scores = tl.dot(key, tl.trans(query), input_precision=PRECISION)  # [BLOCK_N, BLOCK_ROWS]
+    if SLICE > 0:
+        scores = sliced_product(
+            key_base, first_column, key_stride, seqlen_k, query_base, start, query_stride, seqlen_q,
+            HEAD_DIM, SLICE, BLOCK_N, BLOCK_ROWS,
+        )  # fmt: skip
+    else:
+        scores = tl.dot(key, tl.trans(query), input_precision=PRECISION)  # [BLOCK_N, BLOCK_ROWS]
     probabilities = recomputed_probabilities(
         scores, lse[None, :], bias_base, bias_strides, rows[None, :], columns[:, None], seqlen_q, seqlen_k, scale,
         BIAS, IS_CAUSAL, False, FOLD,
     )  # fmt: skip
-    if SUM_DELTA:
+    if DELTA == "probabilities":
         probabilities *= tl.load(normaliser_ptr + rows, mask=rows < seqlen_q, other=0.0)[None, :]
-    grad_output = load_tile(grad_base, start, grad_stride, seqlen_q, HEAD_DIM_V, BLOCK_ROWS, BLOCK_DV, CHECKED)
-    grad_value = tl.dot(probabilities.to(query.dtype), grad_output, grad_value, input_precision=PRECISION)
-    grad_probabilities = tl.dot(value, tl.trans(grad_output), input_precision=PRECISION)
-    grad_scores = probabilities * (grad_probabilities - delta[None, :])
-    grad_key = tl.dot(grad_scores.to(query.dtype), query, grad_key, input_precision=PRECISION)
+    grad_value = add_product(grad_value, probabilities.to(query.dtype), grad_output, PRECISION)
+    if SLICE > 0:
+        grad_probabilities = sliced_product(
+            value_base, first_column, value_stride, seqlen_k, grad_base, start, grad_stride, seqlen_q,
+            HEAD_DIM_V, SLICE, BLOCK_N, BLOCK_ROWS,
+        )  # fmt: skip
+    else:
+        grad_probabilities = tl.dot(value, tl.trans(grad_output), input_precision=PRECISION)
+    grad_scores = score_gradients(probabilities, grad_probabilities, delta[None, :], DELTA)
+    grad_key = add_product(grad_key, grad_scores.to(query.dtype), query, PRECISION)
     return grad_key, grad_value
 
 
@@ -111,15 +134,14 @@ def grad_key_value_kernel(
     grad_output_strides, query_strides, key_strides, value_strides, bias_strides, grad_key_strides,
     grad_value_strides, num_heads, seqlen_q, seqlen_k, scale,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_TAIL: tl.constexpr, BIAS: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr, SUM_DELTA: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_TAIL: tl.constexpr, SLICE: tl.constexpr,
+    BIAS: tl.constexpr, IS_CAUSAL: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr, DELTA: tl.constexpr,
 ):  # fmt: skip
     """One program: dK and dV of BLOCK_N keys of one head, from all queries."""
     num_blocks = tl.cdiv(seqlen_k, BLOCK_N)
     first_column = tl.program_id(0) % num_blocks * BLOCK_N
     batch_head = (tl.program_id(0) // num_blocks).to(tl.int64)
     batch, head = batch_head // num_heads, batch_head % num_heads
-    columns = first_column + tl.arange(0, BLOCK_N)
 
     key_base = key_ptr + batch * key_strides[0] + head * key_strides[1]
     key_stride = tl.cast(key_strides[2], tl.int64)
@@ -144,15 +166,17 @@ def grad_key_value_kernel(
     full_end = seqlen_q // BLOCK_M * BLOCK_M
     for start in tl.range(begin, full_end, BLOCK_M):
         grad_key, grad_value = _add_query_block(
-            grad_key, grad_value, key, value, query_base, query_stride, grad_base, grad_stride, lse_ptr, delta_ptr,
-            normaliser_ptr, bias_base, bias_strides, columns, start, seqlen_q, seqlen_k, scale, HEAD_DIM, HEAD_DIM_V,
-            BLOCK_D, BLOCK_DV, BLOCK_M, BIAS, IS_CAUSAL, False, FOLD, PRECISION, SUM_DELTA,
+            grad_key, grad_value, key_base, key_stride, key, value_base, value_stride, value, query_base, query_stride,
+            grad_base, grad_stride, lse_ptr, delta_ptr, normaliser_ptr, bias_base, bias_strides, first_column, start,
+            seqlen_q, seqlen_k, scale, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, BLOCK_M, SLICE, BIAS,
+            IS_CAUSAL, False, FOLD, PRECISION, DELTA,
         )  # fmt: skip
     for start in tl.range(full_end, seqlen_q, BLOCK_TAIL, num_stages=1):
         grad_key, grad_value = _add_query_block(
-            grad_key, grad_value, key, value, query_base, query_stride, grad_base, grad_stride, lse_ptr, delta_ptr,
-            normaliser_ptr, bias_base, bias_strides, columns, start, seqlen_q, seqlen_k, scale, HEAD_DIM, HEAD_DIM_V,
-            BLOCK_D, BLOCK_DV, BLOCK_TAIL, BIAS, IS_CAUSAL, True, FOLD, PRECISION, SUM_DELTA,
+            grad_key, grad_value, key_base, key_stride, key, value_base, value_stride, value, query_base, query_stride,
+            grad_base, grad_stride, lse_ptr, delta_ptr, normaliser_ptr, bias_base, bias_strides, first_column, start,
+            seqlen_q, seqlen_k, scale, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, BLOCK_TAIL, SLICE, BIAS,
+            IS_CAUSAL, True, FOLD, PRECISION, DELTA,
         )  # fmt: skip
 
     grad_key_base = grad_key_ptr + batch * grad_key_strides[0] + head * grad_key_strides[1]
@@ -161,29 +185,6 @@ def grad_key_value_kernel(
     grad_value_base = grad_value_ptr + batch * grad_value_strides[0] + head * grad_value_strides[1]
     grad_value_stride = tl.cast(grad_value_strides[2], tl.int64)
     store_tile(grad_value_base, first_column, grad_value_stride, seqlen_k, grad_value, HEAD_DIM_V, BLOCK_N, BLOCK_DV)
-
-
-@triton.jit
-def sliced_product(
-    left_base, left_start, left_stride, left_limit, right_base, right_start, right_stride, right_limit,
-    DIM: tl.constexpr, SLICE: tl.constexpr, BLOCK_LEFT: tl.constexpr, BLOCK_RIGHT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Return Left Rightᵀ of two tiles of rows, read SLICE columns at a time.
-
-    Without matrix instructions a thread holds whole rows and columns of both factors; of a slice they fit in registers.
-    """
-    left_rows, right_rows = left_start + tl.arange(0, BLOCK_LEFT), right_start + tl.arange(0, BLOCK_RIGHT)
-    left_offsets, right_offsets = left_rows.to(tl.int64) * left_stride, right_rows.to(tl.int64) * right_stride
-    product = tl.zeros([BLOCK_LEFT, BLOCK_RIGHT], tl.float32)
-    for first in tl.range(0, DIM, SLICE, num_stages=1):
-        dims = first + tl.arange(0, SLICE)
-        left_mask = (left_rows < left_limit)[:, None] & (dims < DIM)[None, :]
-        left = tl.load(left_base + (left_offsets[:, None] + dims[None, :]), mask=left_mask, other=0.0)
-        right_mask = (right_rows < right_limit)[:, None] & (dims < DIM)[None, :]
-        right = tl.load(right_base + (right_offsets[:, None] + dims[None, :]), mask=right_mask, other=0.0)
-        product = tl.dot(left, tl.trans(right), product, input_precision=PRECISION)
-    return product
 
 
 @triton.jit
@@ -200,11 +201,11 @@ def _visit_key_block(
     if SLICE > 0:
         scores = sliced_product(
             query_base, first_row, query_stride, seqlen_q, key_base, start, key_stride, seqlen_k,
-            HEAD_DIM, SLICE, BLOCK_M, BLOCK_KEYS, PRECISION,
+            HEAD_DIM, SLICE, BLOCK_M, BLOCK_KEYS,
         )  # fmt: skip
         grad_probabilities = sliced_product(
             grad_base, first_row, grad_stride, seqlen_q, value_base, start, value_stride, seqlen_k,
-            HEAD_DIM_V, SLICE, BLOCK_M, BLOCK_KEYS, PRECISION,
+            HEAD_DIM_V, SLICE, BLOCK_M, BLOCK_KEYS,
         )  # fmt: skip
     else:
         value = load_tile(value_base, start, value_stride, seqlen_k, HEAD_DIM_V, BLOCK_KEYS, BLOCK_DV, CHECKED)
@@ -225,13 +226,13 @@ def grad_query_kernel(
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_TAIL: tl.constexpr, SLICE: tl.constexpr,
     BIAS: tl.constexpr, IS_CAUSAL: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
-    SUM_DELTA: tl.constexpr,
+    DELTA: tl.constexpr,
 ):  # fmt: skip
     """One program: dQ of BLOCK_M queries of one head, from all keys that take part.
 
-    With SUM_DELTA a pass before adds Σ_j P_ij dP_ij to Δ and stores it, in place of Σ_d dO_id O_id: the same number,
-    but of the very dP from which it will be subtracted, so that in float32 a row of few keys cancels as it should. It
-    also stores what P of the rounded LSE must be multiplied by to sum to 1.
+    With DELTA "probabilities" a pass before adds Σ_j P_ij dP_ij to Δ and stores it, in place of Σ_d dO_id O_id: the
+    same number, but of the very dP from which it will be subtracted, so that in float32 a row of few keys cancels as it
+    should. It also stores what P of the rounded LSE must be multiplied by to sum to 1.
     """
     num_blocks = tl.cdiv(seqlen_q, BLOCK_M)
     block = tl.program_id(0) % num_blocks
@@ -261,7 +262,7 @@ def grad_query_kernel(
     end = tl.minimum(seqlen_k, first_row + BLOCK_M) if IS_CAUSAL else seqlen_k
     full_end = (tl.minimum(seqlen_k, first_row + 1) if IS_CAUSAL else seqlen_k) // BLOCK_N * BLOCK_N
     normaliser = tl.full([BLOCK_M], 1.0, tl.float32)
-    if SUM_DELTA:
+    if DELTA == "probabilities":
         row_sum = tl.zeros([BLOCK_M], tl.float32)
         row_delta = tl.zeros([BLOCK_M], tl.float32)
         for start in tl.range(0, end, BLOCK_N, num_stages=1):
@@ -284,10 +285,10 @@ def grad_query_kernel(
             value_base, value_stride, bias_base, bias_strides, first_row, start, seqlen_q, seqlen_k, scale,
             HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, SLICE, BIAS, False, False, FOLD, PRECISION,
         )  # fmt: skip
-        if SUM_DELTA:
+        if DELTA == "probabilities":
             probabilities *= normaliser[:, None]
-        grad_scores = probabilities * (grad_probabilities - delta[:, None])
-        grad_query = tl.dot(grad_scores.to(key.dtype), key, grad_query, input_precision=PRECISION)
+        grad_scores = score_gradients(probabilities, grad_probabilities, delta[:, None], DELTA)
+        grad_query = add_product(grad_query, grad_scores.to(key.dtype), key, PRECISION)
     for start in tl.range(full_end, end, BLOCK_TAIL, num_stages=1):
         key, probabilities, grad_probabilities = _visit_key_block(
             query_base, query_stride, query, grad_base, grad_stride, grad_output, lse, key_base, key_stride,
@@ -295,10 +296,10 @@ def grad_query_kernel(
             HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_TAIL, SLICE, BIAS, IS_CAUSAL, True, FOLD,
             PRECISION,
         )  # fmt: skip
-        if SUM_DELTA:
+        if DELTA == "probabilities":
             probabilities *= normaliser[:, None]
-        grad_scores = probabilities * (grad_probabilities - delta[:, None])
-        grad_query = tl.dot(grad_scores.to(key.dtype), key, grad_query, input_precision=PRECISION)
+        grad_scores = score_gradients(probabilities, grad_probabilities, delta[:, None], DELTA)
+        grad_query = add_product(grad_query, grad_scores.to(key.dtype), key, PRECISION)
 
     grad_query_base = grad_query_ptr + batch * grad_query_strides[0] + head * grad_query_strides[1]
     grad_query_stride = tl.cast(grad_query_strides[2], tl.int64)
@@ -316,19 +317,21 @@ def attention_backward(
     In 16 bits P and dS are rounded to the input dtype before their products; sums are float32.
     """
     with torch.cuda.device_of(query):
-        delta = _launch_delta(grad_output, grad_lse, output, lse)
-        normaliser = torch.empty_like(delta) if configs.sums_delta(query) else delta
+        delta_kind = configs.delta_kind(query, key, is_causal)
+        delta = _launch_delta(grad_output, grad_lse, output, lse, delta_kind)
+        normaliser = torch.empty_like(delta) if delta_kind == "probabilities" else delta
         # dQ first: in float32 it completes Δ.
         _launch_grad_query(
-            grad_output, query, key, value, bias, lse, delta, normaliser, grad_query, is_causal=is_causal, scale=scale
-        )
+            grad_output, query, key, value, bias, lse, delta, normaliser, grad_query,
+            is_causal=is_causal, scale=scale, delta_kind=delta_kind,
+        )  # fmt: skip
         _launch_grad_key_value(
             grad_output, query, key, value, bias, lse, delta, normaliser, grad_key, grad_value,
-            is_causal=is_causal, scale=scale,
+            is_causal=is_causal, scale=scale, delta_kind=delta_kind,
         )  # fmt: skip
 
 
-def _launch_delta(grad_output: Tensor, grad_lse: Tensor | None, output: Tensor, lse: Tensor) -> Tensor:
+def _launch_delta(grad_output: Tensor, grad_lse: Tensor | None, output: Tensor, lse: Tensor, delta_kind: str) -> Tensor:
     batch, num_heads, seqlen_q, head_dim_v = output.shape
     block_dv = configs.padded(head_dim_v)
     block_m = configs.ROW_SUM_ELEMENTS // block_dv
@@ -336,7 +339,7 @@ def _launch_delta(grad_output: Tensor, grad_lse: Tensor | None, output: Tensor, 
     delta_kernel[configs.grid(batch * num_heads, seqlen_q, block_m)](
         grad_output, grad_lse, output, lse, delta,
         grad_output.stride()[:3], (0, 0, 0) if grad_lse is None else grad_lse.stride(), output.stride()[:3],
-        num_heads, seqlen_q, head_dim_v, block_dv, block_m, grad_lse is not None, configs.sums_delta(grad_output),
+        num_heads, seqlen_q, head_dim_v, block_dv, block_m, grad_lse is not None, delta_kind,
         num_warps=4, num_stages=1,
     )  # fmt: skip
     return delta
@@ -344,7 +347,7 @@ def _launch_delta(grad_output: Tensor, grad_lse: Tensor | None, output: Tensor, 
 
 def _launch_grad_key_value(
     grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, lse: Tensor, delta: Tensor,
-    normaliser: Tensor, grad_key: Tensor, grad_value: Tensor, *, is_causal: bool, scale: float,
+    normaliser: Tensor, grad_key: Tensor, grad_value: Tensor, *, is_causal: bool, scale: float, delta_kind: str,
 ) -> None:  # fmt: skip
     batch, num_heads, seqlen_q, head_dim = query.shape
     seqlen_k, head_dim_v = key.shape[2], value.shape[3]
@@ -357,15 +360,15 @@ def _launch_grad_key_value(
         grad_output.stride()[:3], query.stride()[:3], key.stride()[:3], value.stride()[:3], bias_strides,
         grad_key.stride()[:3], grad_value.stride()[:3], num_heads, seqlen_q, seqlen_k, scale,
         head_dim, head_dim_v, block_d, block_dv, config.block_n, config.block_m,
-        configs.tail_block(seqlen_q, config.block_m), bias_kind, is_causal, configs.folds(query, bias),
-        configs.dot_precision(query), configs.sums_delta(query),
+        configs.tail_block(seqlen_q, config.block_m), configs.head_dim_slice(query), bias_kind, is_causal,
+        configs.folds(query, bias), configs.dot_precision(query), delta_kind,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 
 def _launch_grad_query(
     grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, lse: Tensor, delta: Tensor,
-    normaliser: Tensor, grad_query: Tensor, *, is_causal: bool, scale: float,
+    normaliser: Tensor, grad_query: Tensor, *, is_causal: bool, scale: float, delta_kind: str,
 ) -> None:  # fmt: skip
     batch, num_heads, seqlen_q, head_dim = query.shape
     seqlen_k, head_dim_v = key.shape[2], value.shape[3]
@@ -378,7 +381,7 @@ def _launch_grad_query(
         grad_output.stride()[:3], query.stride()[:3], key.stride()[:3], value.stride()[:3], bias_strides,
         grad_query.stride()[:3], num_heads, seqlen_q, seqlen_k, scale,
         head_dim, head_dim_v, block_d, block_dv, config.block_m, config.block_n,
-        config.block_n if is_causal else configs.tail_block(seqlen_k, config.block_n), config.block_k,
-        bias_kind, is_causal, configs.folds(query, bias), configs.dot_precision(query), configs.sums_delta(query),
+        config.block_n if is_causal else configs.tail_block(seqlen_k, config.block_n), configs.head_dim_slice(query),
+        bias_kind, is_causal, configs.folds(query, bias), configs.dot_precision(query), delta_kind,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastvit.kernels.spec import MAX_HEAD_DIM, AttentionSpec
 from fastvit.kernels.triton import configs
+from fastvit.kernels.triton.products import add_product, sliced_product
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2.0))
@@ -83,16 +84,22 @@ def bias_and_mask(
 
 @triton.jit
 def _attend(
-    accumulator, row_max, row_sum, query, key_base, key_stride, value_base, value_stride, bias_base, bias_strides,
-    rows, start, seqlen_q, seqlen_k, scale,
+    accumulator, row_max, row_sum, query, query_base, query_stride, key_base, key_stride, value_base, value_stride,
+    bias_base, bias_strides, first_row, start, seqlen_q, seqlen_k, scale,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr, BIAS: tl.constexpr, IS_CAUSAL: tl.constexpr, CHECKED: tl.constexpr,
-    FOLD: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_KEYS: tl.constexpr, SLICE: tl.constexpr, BIAS: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, CHECKED: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Fold the key block that begins at ``start`` into the running maximum, sum and output of the query block."""
-    key = load_tile(key_base, start, key_stride, seqlen_k, HEAD_DIM, BLOCK_KEYS, BLOCK_D, CHECKED)
-    columns = start + tl.arange(0, BLOCK_KEYS)
-    scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [BLOCK_M, BLOCK_KEYS]
+    rows, columns = first_row + tl.arange(0, BLOCK_M), start + tl.arange(0, BLOCK_KEYS)
+    if SLICE > 0:
+        scores = sliced_product(
+            query_base, first_row, query_stride, seqlen_q, key_base, start, key_stride, seqlen_k,
+            HEAD_DIM, SLICE, BLOCK_M, BLOCK_KEYS,
+        )  # fmt: skip
+    else:
+        key = load_tile(key_base, start, key_stride, seqlen_k, HEAD_DIM, BLOCK_KEYS, BLOCK_D, CHECKED)
+        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [BLOCK_M, BLOCK_KEYS]
     if not FOLD:
         scores *= scale
     scores = bias_and_mask(
@@ -112,7 +119,7 @@ def _attend(
     row_sum = row_sum * rescale + tl.sum(probabilities, 1)
     accumulator = accumulator * rescale[:, None]
     value = load_tile(value_base, start, value_stride, seqlen_k, HEAD_DIM_V, BLOCK_KEYS, BLOCK_DV, CHECKED)
-    accumulator = tl.dot(probabilities.to(value.dtype), value, accumulator, input_precision=PRECISION)
+    accumulator = add_product(accumulator, probabilities.to(value.dtype), value, PRECISION)
     return accumulator, new_max, row_sum
 
 
@@ -122,8 +129,8 @@ def attention_forward_kernel(
     query_strides, key_strides, value_strides, bias_strides, output_strides,
     num_heads, seqlen_q, seqlen_k, scale,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_TAIL: tl.constexpr, BIAS: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_TAIL: tl.constexpr, SLICE: tl.constexpr,
+    BIAS: tl.constexpr, IS_CAUSAL: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head against all of its keys. Strides are those of [B, H, N(, Nk)]."""
     num_blocks = tl.cdiv(seqlen_q, BLOCK_M)
@@ -154,15 +161,15 @@ def attention_forward_kernel(
     full_end = (tl.minimum(seqlen_k, first_row + 1) if IS_CAUSAL else seqlen_k) // BLOCK_N * BLOCK_N
     for start in tl.range(0, full_end, BLOCK_N):
         accumulator, row_max, row_sum = _attend(
-            accumulator, row_max, row_sum, query, key_base, key_stride, value_base, value_stride, bias_base,
-            bias_strides, rows, start, seqlen_q, seqlen_k, scale, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
-            BLOCK_N, BIAS, False, False, FOLD, PRECISION,
+            accumulator, row_max, row_sum, query, query_base, query_stride, key_base, key_stride, value_base,
+            value_stride, bias_base, bias_strides, first_row, start, seqlen_q, seqlen_k, scale, HEAD_DIM, HEAD_DIM_V,
+            BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, SLICE, BIAS, False, False, FOLD, PRECISION,
         )  # fmt: skip
     for start in tl.range(full_end, end, BLOCK_TAIL, num_stages=1):
         accumulator, row_max, row_sum = _attend(
-            accumulator, row_max, row_sum, query, key_base, key_stride, value_base, value_stride, bias_base,
-            bias_strides, rows, start, seqlen_q, seqlen_k, scale, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
-            BLOCK_TAIL, BIAS, IS_CAUSAL, True, FOLD, PRECISION,
+            accumulator, row_max, row_sum, query, query_base, query_stride, key_base, key_stride, value_base,
+            value_stride, bias_base, bias_strides, first_row, start, seqlen_q, seqlen_k, scale, HEAD_DIM, HEAD_DIM_V,
+            BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_TAIL, SLICE, BIAS, IS_CAUSAL, True, FOLD, PRECISION,
         )  # fmt: skip
 
     # Only a sum of exactly 0 means that no key took part; a sum of NaN must stay NaN.
@@ -215,7 +222,8 @@ def attention_forward(
             query.stride()[:3], key.stride()[:3], value.stride()[:3], bias_strides, output.stride()[:3],
             num_heads, seqlen_q, seqlen_k, scale,
             head_dim, head_dim_v, block_d, block_dv, config.block_m, config.block_n,
-            config.block_n if is_causal else configs.tail_block(seqlen_k, config.block_n), bias_kind, is_causal,
+            config.block_n if is_causal else configs.tail_block(seqlen_k, config.block_n),
+            configs.head_dim_slice(query), bias_kind, is_causal,
             # The maximum may be scaled after it is taken only where scaling keeps the order of the scores.
             configs.folds(query, bias) and scale > configs.SMALLEST_SCALE, configs.dot_precision(query),
             num_warps=config.num_warps, num_stages=config.num_stages,

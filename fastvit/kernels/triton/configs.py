@@ -22,6 +22,7 @@ MAX_GRID = 2**31 - 1
 SMALLEST_BLOCK = 16  # the least that the matrix instructions take in every dimension
 SMALLEST_SCALE = 1e-30  # below it, the product with log2 e could round to 0, and 0 · inf is NaN
 ROW_SUM_ELEMENTS = 4096  # 32 elements a thread: enough loads in flight for a kernel that only reads
+FLOAT32_SLICE = 32  # of a head dim: a line of 128 bytes, and sums short enough for the tolerance rule
 SPLIT_PROGRAMS = 264  # two waves of 132 multiprocessors; a constant, so that the order of sums is that of the shape
 SHORT_SPLIT_BLOCKS = 4  # fewer token blocks than this in a span, and the partial sums cost more than they save
 
@@ -30,7 +31,7 @@ SHORT_SPLIT_BLOCKS = 4  # fewer token blocks than this in a span, and the partia
 class Config:
     """One launch configuration: blocks of queries or tokens (m), keys or outputs (n), elements of a patch (k).
 
-    In attention, ``block_k`` is the slice of the head dim that one product of float32 rows takes; 0 takes all of it.
+    Attention has no ``block_k``; its slices of the head dim are ``head_dim_slice``.
     """
 
     block_m: int
@@ -66,12 +67,12 @@ _ATTENTION: dict[tuple[str, int, int, bool], Row] = {
         Config(64, 32, 8, 2), sm_90=Config(128, 32, 8, 2), sm_100=Config(128, 32, 8, 2),
     ),
     ("attention_forward", 2, 256, True): _row(Config(64, 32, 8, 2), sm_90=Config(128, 16, 8, 2)),
-    # Forward, float32. Without matrix instructions a thread holds whole rows and columns of the product: 16 keys, and
-    # more warps for wider heads, keep them in registers.
-    ("attention_forward", 4, 64, False): _row(Config(64, 16, 8, 1), gfx942=Config(64, 32, 4, 1)),
-    ("attention_forward", 4, 64, True): _row(Config(64, 16, 16, 1), gfx942=Config(64, 32, 4, 1)),
-    ("attention_forward", 4, 128, False): _row(Config(32, 16, 8, 1)),
-    ("attention_forward", 4, 128, True): _row(Config(64, 16, 16, 1), gfx942=Config(32, 16, 8, 1)),
+    # Forward, float32. Without matrix instructions a thread holds its rows of P and columns of V whole, and slices of Q
+    # and K: 32 keys a step, and fewer queries for wider heads, keep them in registers.
+    ("attention_forward", 4, 64, False): _row(Config(64, 32, 8, 1), gfx942=Config(64, 32, 4, 1)),
+    ("attention_forward", 4, 64, True): _row(Config(64, 32, 8, 1), gfx942=Config(64, 32, 4, 1)),
+    ("attention_forward", 4, 128, False): _row(Config(32, 32, 8, 1), gfx942=Config(32, 16, 8, 1)),
+    ("attention_forward", 4, 128, True): _row(Config(32, 32, 8, 1), gfx942=Config(32, 16, 8, 1)),
     ("attention_forward", 4, 256, False): _row(Config(32, 16, 16, 1), gfx942=Config(16, 16, 4, 1)),
     ("attention_forward", 4, 256, True): _row(Config(32, 16, 16, 1), gfx942=Config(16, 16, 4, 1)),
     # dK and dV, 16 bits: two accumulators of block_n rows. Queries come in small blocks, since each brings two tiles.
@@ -94,8 +95,8 @@ _ATTENTION: dict[tuple[str, int, int, bool], Row] = {
     ),
     ("grad_key_value", 4, 64, False): _row(Config(16, 64, 8, 1)),
     ("grad_key_value", 4, 64, True): _row(Config(16, 32, 16, 1), gfx942=Config(16, 32, 8, 1)),
-    ("grad_key_value", 4, 128, False): _row(Config(16, 32, 16, 1), gfx942=Config(16, 16, 4, 1)),
-    ("grad_key_value", 4, 128, True): _row(Config(16, 32, 16, 1), gfx942=Config(16, 16, 4, 1)),
+    ("grad_key_value", 4, 128, False): _row(Config(16, 32, 8, 1), gfx942=Config(16, 16, 4, 1)),
+    ("grad_key_value", 4, 128, True): _row(Config(16, 32, 8, 1), gfx942=Config(16, 16, 4, 1)),
     ("grad_key_value", 4, 256, False): _row(Config(16, 16, 8, 1), gfx942=Config(16, 16, 4, 1)),
     ("grad_key_value", 4, 256, True): _row(Config(16, 16, 8, 1), gfx942=Config(16, 16, 4, 1)),
     # dQ, 16 bits: one accumulator, and the queries and their gradients stay for the whole loop.
@@ -108,12 +109,15 @@ _ATTENTION: dict[tuple[str, int, int, bool], Row] = {
     # As for dK and dV: wgmma's 64 rows would spill at this width.
     ("grad_query", 2, 256, False): _row(Config(64, 32, 8, 1), sm_90=Config(32, 32, 8, 1), gfx942=Config(32, 16, 4, 1)),
     ("grad_query", 2, 256, True): _row(Config(64, 32, 8, 1), sm_90=Config(32, 32, 8, 1), gfx942=Config(32, 16, 4, 1)),
-    ("grad_query", 4, 64, False): _row(Config(64, 32, 8, 1, 16), gfx942=Config(64, 16, 8, 1)),
-    ("grad_query", 4, 64, True): _row(Config(64, 32, 8, 1, 16), gfx942=Config(64, 16, 8, 1)),
-    ("grad_query", 4, 128, False): _row(Config(32, 32, 8, 1, 16), gfx942=Config(16, 16, 4, 1)),
-    ("grad_query", 4, 128, True): _row(Config(32, 32, 8, 1, 16), gfx942=Config(16, 16, 4, 1)),
-    ("grad_query", 4, 256, False): _row(Config(32, 16, 8, 1, 32), gfx942=Config(16, 16, 4, 1)),
-    ("grad_query", 4, 256, True): _row(Config(32, 16, 8, 1, 32), gfx942=Config(16, 16, 4, 1)),
+    # dQ, float32: two products by slices and a pass for Δ. Fewer queries than in 16 bits, or their addresses spill.
+    ("grad_query", 4, 64, False): _row(Config(32, 32, 8, 1), gfx942=Config(64, 16, 8, 1)),
+    ("grad_query", 4, 64, True): _row(Config(32, 32, 8, 1), gfx942=Config(64, 16, 8, 1)),
+    ("grad_query", 4, 128, False): _row(
+        Config(32, 32, 8, 1), sm_80=Config(32, 16, 8, 1), gfx942=Config(16, 16, 4, 1),
+    ),
+    ("grad_query", 4, 128, True): _row(Config(32, 32, 8, 1), gfx942=Config(16, 16, 4, 1)),
+    ("grad_query", 4, 256, False): _row(Config(32, 16, 8, 1), gfx942=Config(16, 16, 4, 1)),
+    ("grad_query", 4, 256, True): _row(Config(32, 16, 8, 1), gfx942=Config(16, 16, 4, 1)),
 }
 
 _PATCH_EMBED: dict[tuple[str, int, bool], Row] = {
@@ -215,9 +219,24 @@ def folds(query: Tensor, bias: Tensor | None) -> bool:
     return bias is None and query.element_size() == 2
 
 
-def sums_delta(tensor: Tensor) -> bool:
-    """Return whether Δ is summed from P dP: in float32, where dO · O differs from it by more than one rounding."""
-    return tensor.element_size() == 4
+def head_dim_slice(query: Tensor) -> int:
+    """Return how much of a head dim one sum of Q Kᵀ or dO Vᵀ takes, 0 for all of it; one value for all kernels.
+
+    Backward must sum the scores as forward did: the errors of the two cancel in P = exp(S − LSE), and would not if the
+    orders differed.
+    """
+    return FLOAT32_SLICE if query.element_size() == 4 and dot_precision(query) == "ieee" else 0
+
+
+def delta_kind(query: Tensor, key: Tensor, is_causal: bool) -> str:
+    """Return where Δ, the mean of dP under P, comes from: "output", "probabilities" or "one key".
+
+    It is Σ_d dO_id O_id, one read of the output. In float32 that differs from Σ_j P_ij dP_ij by more than one rounding,
+    and the latter is summed. Where a row has one key at most, Δ is that key's dP, to the last bit.
+    """
+    if key.shape[2] == 1 or (is_causal and query.shape[2] == 1):
+        return "one key"
+    return "probabilities" if query.element_size() == 4 else "output"
 
 
 def device_why_not(device: torch.device, dtype: torch.dtype, *, interpreted: bool) -> list[str]:

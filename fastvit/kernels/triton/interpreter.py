@@ -3,11 +3,14 @@
 The interpreter keeps bfloat16 as 16-bit integers, multiplies those integers in ``tl.dot``, and truncates where hardware
 rounds to nearest even. Its float32 products add in an order that depends on the tile's shape; compiled kernels add in
 the order of the reduction, so that backward recomputes the very scores whose LSE forward saved: their errors cancel.
+And it patches the language anew at every call of a function, which is most of its time: a launch has patched ``tl``,
+and what the standard library's functions call (``tl.core``) stays patched once it is.
 Seen in Triton 3.8. Nothing here runs, or is imported, when kernels are compiled.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -37,6 +40,15 @@ def _fused_chain(left: np.ndarray, right: np.ndarray, accumulator: np.ndarray) -
     return accumulator
 
 
+_patch_once = functools.cache(interpreter._patch_lang)
+
+
+def _call(function: Any, *arguments: Any, **options: Any) -> Any:
+    """Call one ``@triton.jit`` function from another."""
+    _patch_once(function.fn)
+    return function.rewrite()(*arguments, **options)
+
+
 def repair() -> None:
     """Make the interpreter's bfloat16 casts and dot products those of the hardware; safe to call again."""
     builder = interpreter.InterpreterBuilder
@@ -64,4 +76,5 @@ def repair() -> None:
         return original_dot(self, left, right, accumulator, precision, imprecise)
 
     builder.cast_impl, builder.create_dot = cast_impl, create_dot
+    interpreter.InterpretedFunction.__call__ = _call
     builder.bfloat16_is_repaired = True

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastvit.kernels.spec import PatchEmbedSpec
 from fastvit.kernels.triton import configs
+from fastvit.kernels.triton.products import add_product
 
 
 @triton.jit
@@ -72,7 +73,7 @@ def forward_kernel(
         else:
             pixels = tl.load(image_pointers, mask=(k < PATCH)[None, :], other=0.0)
             weight = tl.load(weight_pointers, mask=(k < PATCH)[None, :], other=0.0)
-        accumulator = tl.dot(pixels, tl.trans(weight), accumulator, input_precision=PRECISION)
+        accumulator = add_product(accumulator, pixels, tl.trans(weight), PRECISION)
 
     if HAS_BIAS:
         accumulator += tl.load(bias_ptr + dims, mask=dims < EMBED_DIM, other=0.0).to(tl.float32)[None, :]
@@ -111,7 +112,7 @@ def backward_weight_kernel(
         rows = token_offsets(tokens, grad_output_strides, grid_height, grid_width)
         grad_pointers = grad_output_ptr + (rows[:, None] + dims[None, :])
         grad_output = tl.load(grad_pointers, mask=inside & (dims < EMBED_DIM)[None, :], other=0.0)
-        accumulator = tl.dot(tl.trans(grad_output), pixels, accumulator, input_precision=PRECISION)
+        accumulator = add_product(accumulator, tl.trans(grad_output), pixels, PRECISION)
 
     pointers = partial_ptr + ((split * EMBED_DIM + dims)[:, None] * PATCH + k[None, :])
     tl.store(pointers, accumulator, mask=(dims < EMBED_DIM)[:, None] & (k < PATCH)[None, :])
@@ -144,7 +145,7 @@ def backward_images_kernel(
         else:
             grad_output = tl.load(grad_pointers, mask=(dims < EMBED_DIM)[None, :], other=0.0)
             weight = tl.load(weight_pointers, mask=(dims < EMBED_DIM)[:, None], other=0.0)
-        accumulator = tl.dot(grad_output, weight, accumulator, input_precision=PRECISION)
+        accumulator = add_product(accumulator, grad_output, weight, PRECISION)
 
     patches = patch_offsets(tokens, image_strides, grid_height, grid_width, ROWS, RUN)
     pointers = grad_image_ptr + (patches[:, None] + pixel_offsets(k, image_strides, ROWS, RUN)[None, :])

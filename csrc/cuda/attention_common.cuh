@@ -1,0 +1,151 @@
+// What attention forward and backward share: views of one head, the scores of a fragment in base 2.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "../params.h"
+#include "launch.h"
+#include "tile.cuh"
+
+namespace fastvit::cuda {
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+constexpr int kMaxThreads = 256;
+
+// The head dims with kernels of their own; any other runs in the next one up, with zeros.
+#ifndef FASTVIT_CUDA_HEAD_DIMS
+#define FASTVIT_CUDA_HEAD_DIMS 32, 64, 72, 80, 88, 96, 104, 128
+#endif
+
+// Calls function(std::integral_constant<int, kDim>) for the smallest kDim that holds head_dim.
+template <int kDim, int... kLarger, typename Function>
+void dispatch_head_dim(int64_t head_dim, Function function) {
+  if (head_dim <= kDim) return function(std::integral_constant<int, kDim>());
+  if constexpr (sizeof...(kLarger) > 0) {
+    dispatch_head_dim<kLarger...>(head_dim, function);
+  } else {
+    throw std::invalid_argument("head_dim " + std::to_string(head_dim) + ": the CUDA kernels end at " +
+                                std::to_string(kDim));
+  }
+}
+
+// Work items and positions are counted in 32 bits, addresses in 64.
+inline void check_sizes(const AttentionParams& p) {
+  constexpr int64_t kLargest = 1 << 30;
+  const int64_t tiles = ceil_div(std::max(p.seqlen_q, p.seqlen_k), 16);
+  if (p.batch * p.num_heads > kLargest / tiles) {
+    throw std::invalid_argument("query: the CUDA kernels count batch · heads · seqlen / 16 to 2^30");
+  }
+}
+
+inline bool is_vectorized(const View4& view, int64_t columns) {
+  const auto address = reinterpret_cast<uintptr_t>(view.data);
+  const int64_t all = view.batch_stride | view.head_stride | view.row_stride | columns;
+  return address % sizeof(Chunk) == 0 && all % kChunkElements == 0;
+}
+
+struct HeadIndex {
+  int batch;
+  int head;
+
+  __device__ __forceinline__ HeadIndex(const AttentionParams& p, int index)
+      : batch(index / int(p.num_heads)), head(index % int(p.num_heads)) {}
+
+  // The same, but the compiler does not know that it is: addresses derived from it are computed where they are used
+  // instead of being kept in registers, across loops, that the accumulators need.
+  __device__ __forceinline__ HeadIndex anew() const {
+    const int zero = lane_index() / kWarpThreads;
+    HeadIndex same = *this;
+    same.batch += zero;
+    same.head += zero;
+    return same;
+  }
+};
+
+// One head of a view.
+__device__ __forceinline__ Rows head_rows(const View4& view, const HeadIndex& at, int64_t rows, int64_t columns,
+                                          bool vectorized) {
+  const int64_t offset = at.batch * view.batch_stride + at.head * view.head_stride;
+  return {static_cast<const char*>(view.data) + offset * kElementBytes, view.row_stride * kElementBytes, int(rows),
+          int(columns), vectorized};
+}
+
+// A bias element of each type as what is added to a score in base 2. A mask adds nothing, or −inf where it forbids.
+struct NoBias {
+  static constexpr int kBytes = 0;
+  static __device__ __forceinline__ float load(const char*) { return 0.0f; }
+};
+struct BoolBias {
+  static constexpr int kBytes = 1;
+  static __device__ __forceinline__ float load(const char* at) { return load_global<uint8_t>(at) ? 0.0f : -infinity(); }
+};
+template <typename T>
+struct HalfBias {
+  static constexpr int kBytes = 2;
+  static __device__ __forceinline__ float load(const char* at) {
+    return to_float<T>(load_global<uint16_t>(at)) * kLog2E;
+  }
+};
+template <typename F>
+struct FloatBias {
+  static constexpr int kBytes = sizeof(F);
+  static __device__ __forceinline__ float load(const char* at) { return float(load_global<F>(at)) * kLog2E; }
+};
+
+// Calls function(the struct above that reads this type).
+template <typename Function>
+__device__ __forceinline__ void dispatch_bias(BiasType type, Function function) {
+  switch (type) {
+    case BiasType::kNone:
+      return function(NoBias());
+    case BiasType::kBool:
+      return function(BoolBias());
+    case BiasType::kFloat16:
+      return function(HalfBias<Half>());
+    case BiasType::kBFloat16:
+      return function(HalfBias<BFloat16>());
+    case BiasType::kFloat32:
+      return function(FloatBias<float>());
+    case BiasType::kFloat64:
+      return function(FloatBias<double>());
+  }
+}
+
+// Scores of kM × 16 queries against 8 kTiles keys (kTransposed: of keys against queries) to base 2, with the bias added
+// and forbidden pairs at −inf. The type of the bias is asked once for all of them. Scores beyond the sequences stay as
+// they are: none is used.
+template <bool kTransposed, int kM, int kTiles>
+__device__ __forceinline__ void apply_bias(float (&scores)[kTiles][kM][4], const HeadIndex& at, int first_query,
+                                           int first_key, const AttentionParams& p, float scale_log2) {
+  const int lane = lane_index();
+  dispatch_bias(p.bias.type, [&](auto element) {
+    using Element = decltype(element);
+    const char* matrix = static_cast<const char*>(p.bias.data) +
+                         (at.batch * p.bias.batch_stride + at.head * p.bias.head_stride) * Element::kBytes;
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = 16 * m + 8 * half + lane / 4;
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const int column = 8 * j + 2 * (lane % 4) + i;
+            const int query = first_query + (kTransposed ? column : row);
+            const int key = first_key + (kTransposed ? row : column);
+            if (query >= p.seqlen_q || key >= p.seqlen_k) continue;
+            const char* bias = matrix + (query * p.bias.query_stride + key * p.bias.key_stride) * Element::kBytes;
+            float& score = scores[j][m][2 * half + i];
+            score = score * scale_log2 + Element::load(bias);
+            if (p.is_causal && key > query) score = -infinity();
+          }
+        }
+      }
+    }
+  });
+}
+
+}  // namespace fastvit::cuda
