@@ -11,12 +11,11 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import cast
 
 from torch import nn
 
 from fastvit.adapters import SwapTable, registered
-from fastvit.kernels.spec import AttentionSpec, PatchEmbedSpec, Spec
+from fastvit.kernels.spec import Spec
 from fastvit.modules.fused import ADDED_ATTRIBUTES, FusedForward
 from fastvit.ops.backends import AUTOMATIC_ORDER, BACKENDS, automatic_order, check_backend_name, requested_backend
 
@@ -96,7 +95,7 @@ def swap(model: nn.Module, *, backend: str | None = None, strict: bool = False) 
     check_backend_name(backend)
     table = registered()
     plan = list(_plan(model, table, backend))
-    report = SwapReport(tuple(row for _, row in plan), _remarks(backend, plan))
+    report = SwapReport(tuple(row for _, row in plan), _remarks(backend, plan, table))
     if strict and report.left_alone:
         raise ValueError(f"strict: got True, and not everything can be swapped; nothing was changed\n{report}")
     for module, row in plan:
@@ -184,14 +183,14 @@ def _set_backend(module: nn.Module, backend: str | None) -> None:
         module.__dict__["_fastvit_backend"] = backend
 
 
-def _remarks(backend: str | None, plan: list[tuple[nn.Module, SwapRow]]) -> tuple[str, ...]:
+def _remarks(backend: str | None, plan: list[tuple[nn.Module, SwapRow]], table: SwapTable) -> tuple[str, ...]:
     fused = [module for module, row in plan if row.action in (FUSED, ALREADY_FUSED)]
     if not fused:
         return ()
     if asked := requested_backend(backend):
         return (f"backend: {asked}: {BACKENDS[asked].description}",)
     picked: dict[str, set[str]] = {}
-    for spec in {spec for module in fused if (spec := _typical_spec(module))}:
+    for spec in {spec for module in fused if (spec := _typical_spec(_fused_kind(module, table), module))}:
         places = (place.backend for place in automatic_order(spec.device.type))
         pick = next((name for name in places if not BACKENDS[name].why_not(spec)), "none")
         picked.setdefault(spec.device.type, set()).add(pick)
@@ -204,19 +203,16 @@ def _remarks(backend: str | None, plan: list[tuple[nn.Module, SwapRow]]) -> tupl
     return (*here, *elsewhere)
 
 
-def _typical_spec(module: nn.Module) -> Spec | None:
-    """Return a call of this module with one image of 14×14 patches, in the dtype and on the device of its weights."""
+def _fused_kind(module: nn.Module, table: SwapTable) -> type[FusedForward]:
+    return type(module) if isinstance(module, FusedForward) else table[type(module)]
+
+
+def _typical_spec(kind: type[FusedForward], module: nn.Module) -> Spec | None:
+    """Return a typical call of this module, in the dtype and on the device of its weights."""
     weight = next(module.parameters(), None)
     if weight is None or weight.is_meta or not weight.is_floating_point():
         return None
-    if isinstance(proj := getattr(module, "proj", None), nn.Conv2d):
-        rows, columns = (int(side) for side in proj.kernel_size)
-        size = (14 * rows, 14 * columns, rows, columns)
-        return PatchEmbedSpec(1, proj.in_channels, *size, proj.out_channels, weight.dtype, weight.device)
-    if not (hasattr(module, "num_heads") and hasattr(module, "head_dim")):
-        return None
-    heads, head_dim = cast(int, module.num_heads), cast(int, module.head_dim)
-    return AttentionSpec(1, heads, 197, 197, head_dim, head_dim, weight.dtype, None, False, weight.device)
+    return kind.fastvit_spec(module, weight.dtype, weight.device)
 
 
 def _groups(rows: tuple[SwapRow, ...]) -> dict[tuple[str, str, str, str, str], list[str]]:

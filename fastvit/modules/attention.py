@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvit.kernels.spec import MAX_HEAD_DIM
+from fastvit.kernels.spec import MAX_HEAD_DIM, AttentionSpec
 from fastvit.modules.fused import FusedForward, has_hooks, has_own_forward, strangers
 from fastvit.ops import attention, attention_qkvpacked
 from fastvit.ops.backends import check_backend_name
@@ -80,6 +80,12 @@ class FusedAttentionForward(FusedForward):
         if isinstance(drop, nn.Dropout) and drop.p > 0:
             fallbacks.append(f"attn_drop p={drop.p:g} runs the plain forward in training")
         return fallbacks + [f"{reason}: runs the plain forward" for reason in _matrix_readers(module)]
+
+    @classmethod
+    def fastvit_spec(cls, module: nn.Module, dtype: torch.dtype, device: torch.device) -> AttentionSpec:
+        """Return a self-attention of 14×14 patches and a class token."""
+        heads, head_dim = cast(int, module.num_heads), cast(int, module.head_dim)
+        return AttentionSpec(1, heads, 197, 197, head_dim, head_dim, dtype, None, False, device)
 
     def _why_plain(self, attn_mask: Tensor | None, is_causal: bool) -> str | None:
         drop = getattr(self, "attn_drop", None)

@@ -8,6 +8,8 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from fastvit.kernels.spec import Spec
+
 ADDED_ATTRIBUTES = ("_fastvit_backend", "_fastvit_warned")
 
 
@@ -28,6 +30,11 @@ class FusedForward(nn.Module):
     @classmethod
     def fastvit_fallbacks(cls, module: nn.Module) -> list[str]:
         """Return in which situations, as the module stands now, the plain forward would run."""
+        raise NotImplementedError
+
+    @classmethod
+    def fastvit_spec(cls, module: nn.Module, dtype: torch.dtype, device: torch.device) -> Spec | None:
+        """Return what the op would be asked for one image of 14×14 patches, for the report; None if nobody can say."""
         raise NotImplementedError
 
     def _warn_fallback(self, reason: str) -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvit.kernels.spec import PatchEmbedSpec
 from fastvit.modules.fused import FusedForward, has_hooks, has_own_forward, strangers
 from fastvit.ops import patch_embed
 from fastvit.ops.backends import check_backend_name
@@ -79,6 +80,15 @@ class FusedPatchEmbedForward(FusedForward):
         """Return in which situations, as the module stands now, the plain forward would run."""
         reason = _why_call(cast(nn.Module, module.proj))
         return [f"{reason}: runs the plain forward"] if reason else []
+
+    @classmethod
+    def fastvit_spec(cls, module: nn.Module, dtype: torch.dtype, device: torch.device) -> PatchEmbedSpec | None:
+        """Return an image of 14×14 patches."""
+        if not isinstance(proj := module.proj, nn.Conv2d):
+            return None
+        rows, columns = (int(side) for side in proj.kernel_size)
+        size = (14 * rows, 14 * columns, rows, columns)
+        return PatchEmbedSpec(1, proj.in_channels, *size, proj.out_channels, dtype, device)
 
     def _embed_grid(self, images: Tensor) -> Tensor:
         return _embed(images, self.proj.weight, self.proj.bias, self._fastvit_backend)

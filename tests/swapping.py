@@ -1,0 +1,59 @@
+"""What the tests of swapped models share: lively weights, the ops that ran, and all numbers of one training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PACKED, SEPARATE, PATCHES = "fastvit::attention_qkvpacked", "fastvit::attention", "fastvit::patch_embed"
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def livened(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every parameter random values: attention that is not flat, and layer scales that count.
+
+    The dense layers shrink what they are given, so that a dozen of them do not amplify one rounding until it is all
+    that the tolerance rule sees.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            spread = 0.1
+            if parameter.dim() > 1 and name.endswith("weight"):
+                spread = (1.0 if ".qkv." in name else 0.5) * parameter[0].numel() ** -0.5
+            one = name.endswith("gamma") or ("norm" in name and name.endswith("weight"))
+            parameter.copy_(float(one) + spread * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def images(batch: int = 2, size: int = 64) -> Tensor:
+    return normal(batch, 3, size, size, seed=7)
+
+
+def ops_run(function: Callable[[], Any]) -> set[str]:
+    """Return which of our forward ops the profiler sees."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        function()
+    return {event.key for event in profile.key_averages()} & {PACKED, SEPARATE, PATCHES}
+
+
+def forward_backward(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Return the logits and every parameter's gradient of a fixed random weighting of the logits."""
+    logits = model(x)
+    weighting = normal(*logits.shape, seed=3).to(logits.dtype)
+    used = dict(model.named_parameters())
+    grads = torch.autograd.grad((logits * weighting).sum(), list(used.values()), allow_unused=True)
+    return {"logits": logits.detach(), **{name: g for name, g in zip(used, grads, strict=True) if g is not None}}
+
+
+def state(model: nn.Module) -> tuple[Any, ...]:
+    """Return what a swap must keep: keys, Parameter and module identity, and every attribute of every module."""
+    attributes = [(name, sorted(module.__dict__), module.training) for name, module in model.named_modules()]
+    parameters = [(name, id(parameter), parameter.requires_grad) for name, parameter in model.named_parameters()]
+    return list(model.state_dict()), parameters, [id(module) for module in model.modules()], attributes
