@@ -8,28 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastvit.testing import livened
+
+__all__ = [
+    "PACKED",
+    "PATCHES",
+    "SEPARATE",
+    "forward_backward",
+    "images",
+    "livened",
+    "normal",
+    "ops_run",
+    "state",
+]
+
 PACKED, SEPARATE, PATCHES = "fastvit::attention_qkvpacked", "fastvit::attention", "fastvit::patch_embed"
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def livened(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Give every parameter random values: attention that is not flat, and layer scales that count.
-
-    The dense layers shrink what they are given, so that a dozen of them do not amplify one rounding until it is all
-    that the tolerance rule sees.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            spread = 0.1
-            if parameter.dim() > 1 and name.endswith("weight"):
-                spread = (1.0 if ".qkv." in name else 0.5) * parameter[0].numel() ** -0.5
-            one = name.endswith("gamma") or ("norm" in name and name.endswith("weight"))
-            parameter.copy_(float(one) + spread * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
 
 
 def images(batch: int = 2, size: int = 64) -> Tensor:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from hypothesis import given
 
-from fastvit.testing import AttentionCase, PatchEmbedCase, check_attention, check_patch_embed
+from fastvit.testing import AttentionCase, Comparison, PatchEmbedCase, check_attention, check_patch_embed
 from tests.strategies import attention_cases, fuzz, patch_embed_cases
 
 
@@ -40,14 +42,16 @@ def test_patch_embed_reference(hold: Callable, case: PatchEmbedCase) -> None:
 SILENT = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
-# The interpreter takes milliseconds per program: smaller cases, and a failing one is reported as it is found.
+# The interpreter takes milliseconds per program: smaller cases, and a failing one is reported as it is found. Each runs
+# in a thread of its own: on hypothesis's deep stack every op of the interpreter crosses into another 16-KiB chunk of
+# CPython 3.11's frames and back, which makes it four times as slow.
 @SILENT
-@pytest.mark.xfail(reason="float32 LSE at N = 5: 1.18 of what is allowed (CONTRIBUTING.md)", strict=False)
 @fuzz(60, shrink=False)
-@given(attention_cases(max_seqlen=70, min_elements=512))
+@given(attention_cases(max_seqlen=70, min_elements=128))
 def test_attention_triton(hold: Callable, case: AttentionCase) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
-    hold("attention, triton interpreter, fuzz", check_attention(case, "triton", written_out=True), case)
+    comparisons = on_a_fresh_stack(lambda: check_attention(case, "triton", written_out=True))
+    hold("attention, triton interpreter, fuzz", comparisons, case)
 
 
 @SILENT
@@ -55,4 +59,9 @@ def test_attention_triton(hold: Callable, case: AttentionCase) -> None:
 @given(patch_embed_cases(max_grid=4, min_elements=512))
 def test_patch_embed_triton(hold: Callable, case: PatchEmbedCase) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
-    hold("patch_embed, triton interpreter, fuzz", check_patch_embed(case, "triton"), case)
+    hold("patch_embed, triton interpreter, fuzz", on_a_fresh_stack(lambda: check_patch_embed(case, "triton")), case)
+
+
+def on_a_fresh_stack(function: Callable[[], list[Comparison]]) -> list[Comparison]:
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return pool.submit(function).result()

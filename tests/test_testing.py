@@ -25,6 +25,17 @@ def test_twice_torchs_error_and_one_rounding_pass_and_more_does_not() -> None:
         assert result.worst_index == (7, 9)
 
 
+def test_of_several_torch_results_the_worst_counts() -> None:
+    expected, torch_result = sample()
+    worse = torch_result * (1 + 2**-20)
+    ours = torch_result * (1 + 2**-21)
+    assert not compare(ours, expected, torch_result).passed
+    assert compare(ours, expected, [torch_result, worse]).passed
+    assert compare(ours, expected, [worse, torch_result]) == compare(ours, expected, worse)
+    with pytest.raises(ValueError, match=r"^torch_result: got no tensor"):
+        compare(ours, expected, [])
+
+
 def test_one_rounding_is_of_the_output_dtype() -> None:
     expected = torch.tensor([1.0, 100.0, 0.0], dtype=torch.float64)
     exact = expected.bfloat16()

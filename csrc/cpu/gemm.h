@@ -54,40 +54,63 @@ struct MultiplyPairs {
 };
 #endif
 
-// Terms that a register sums up before it is added to C. A long chain of additions loses digits that PyTorch, which
-// sums blocks or lanes, keeps; a small tile has time for short chains, and PyTorch's small products have the shortest.
+// Terms that a register sums up before it is added to the next level. A long chain of additions loses digits that
+// PyTorch, which sums blocks or lanes, keeps; a small tile has time for short chains and registers for a level between
+// them and C, and PyTorch's small products, being dot products over lanes, have the shortest.
+template <int Rows, int Vectors>
+constexpr bool kSmallTile = Rows * Vectors <= kTileRows;
 template <class Step, int Rows, int Vectors>
-constexpr int64_t kChain = Rows * Vectors <= kTileRows ? 8 : Step::kTerms;
+constexpr int64_t kChain = kSmallTile<Rows, Vectors>             ? 8
+                           : Rows * Vectors <= 3 * kTileRows / 2 ? 16
+                                                                 : Step::kTerms;
+template <class Step, int Rows, int Vectors>
+constexpr int64_t kStored = kSmallTile<Rows, Vectors> ? 64 : kChain<Step, Rows, Vectors>;
+
+template <class Step, class T, int Rows, int Vectors>
+inline void add_products(Vec<T> (&sum)[Rows][Vectors], const TileArgs<T>& args, int64_t begin, int64_t end) {
+  constexpr int L = kLanes<T>;
+  const T* a = args.a + begin * args.a_k;
+  const T* b = args.b + begin * args.b_stride;
+  for (int64_t k = begin; k < end; ++k) {
+    Vec<T> right[Vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) right[v] = load(b + v * L);
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) {
+      Vec<T> left = splat(a[r * args.a_row]);
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) sum[r][v] = Step::template add<T>(sum[r][v], left, right[v]);
+    }
+    a += args.a_k;
+    b += args.b_stride;
+  }
+}
 
 template <class Step, class T, int Rows, int Vectors, bool Accumulate>
 void tile(const TileArgs<T>& args) {
-  constexpr int L = kLanes<T>;
-  const T* a = args.a;
-  const T* b = args.b;
-  const int64_t a_row = args.a_row;
-  for (int64_t begin = 0; begin < args.k; begin += kChain<Step, Rows, Vectors>) {
-    const int64_t end = min64(begin + kChain<Step, Rows, Vectors>, args.k);
-    Vec<T> accumulator[Rows][Vectors] = {};
-    for (int64_t k = begin; k < end; ++k) {
-      Vec<T> right[Vectors];
-#pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) right[v] = load(b + v * L);
+  constexpr int64_t chain = kChain<Step, Rows, Vectors>, stored = kStored<Step, Rows, Vectors>;
+  for (int64_t begin = 0; begin < args.k; begin += stored) {
+    const int64_t end = min64(begin + stored, args.k);
+    Vec<T> sum[Rows][Vectors] = {};
+    add_products<Step, T, Rows, Vectors>(sum, args, begin, min64(begin + chain, end));
+    if constexpr (chain < stored) {
+      for (int64_t middle = begin + chain; middle < end; middle += chain) {
+        Vec<T> next[Rows][Vectors] = {};
+        add_products<Step, T, Rows, Vectors>(next, args, middle, min64(middle + chain, end));
 #pragma GCC unroll 16
-      for (int r = 0; r < Rows; ++r) {
-        Vec<T> left = splat(a[r * a_row]);
+        for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4
-        for (int v = 0; v < Vectors; ++v) accumulator[r][v] = Step::template add<T>(accumulator[r][v], left, right[v]);
+          for (int v = 0; v < Vectors; ++v) sum[r][v] += next[r][v];
+        }
       }
-      a += args.a_k;
-      b += args.b_stride;
     }
     const bool add = Accumulate || begin > 0;
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4
       for (int v = 0; v < Vectors; ++v) {
-        T* c = args.c + r * args.c_stride + v * L;
-        store(c, add ? load(c) + accumulator[r][v] : accumulator[r][v]);
+        T* c = args.c + r * args.c_stride + v * kLanes<T>;
+        store(c, add ? load(c) + sum[r][v] : sum[r][v]);
       }
     }
   }

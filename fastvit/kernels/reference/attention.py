@@ -13,7 +13,7 @@ from fastvit.kernels.reference.precision import wider
 
 
 def _scores(query: Tensor, key: Tensor, bias: Tensor | None, is_causal: bool, scale: float) -> Tensor:
-    scores = (scale * query) @ key.transpose(-2, -1)  # [B, H, Nq, Nk]
+    scores = scale * (query @ key.transpose(-2, -1))  # [B, H, Nq, Nk]
     if bias is not None and bias.dtype == torch.bool:
         scores = scores.masked_fill(~bias, -torch.inf)
     elif bias is not None:

@@ -1,0 +1,104 @@
+"""A whole model under the tolerance rule: what it computes after a swap, and every parameter's gradient."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+
+from fastvit.swap import swap, unswap
+from fastvit.testing.rule import Comparison, compare
+
+
+def check_model(
+    model: nn.Module, *inputs: Any, backend: str | None = None, backward: bool = True, **keywords: Any
+) -> list[Comparison]:
+    """Swap a copy of ``model`` and apply the rule to its outputs and to the gradient of every parameter.
+
+    Args:
+        model: any module in float32, float16 or bfloat16 without randomness (``eval()``, or no dropout). It stays as it
+            is; a few copies of it live at once. Layers that are swapped already are restored in the copies that stand
+            for PyTorch.
+        inputs, keywords: of its forward; floating tensors are widened for the float64 run.
+        backend: as in :func:`fastvit.swap`.
+        backward: also differentiate a fixed random weighting of the outputs.
+
+    Returns:
+        A comparison for each floating output ("output 0", …) and, under its name, for each parameter's gradient.
+        PyTorch's own result is, for each tensor, the one that errs most of its default attention, its math path, and
+        attention written out where the model offers that (timm's ``fused_attn``, transformers' "eager"): in a chain of
+        layers the largest error of a single run is a draw of luck.
+
+    Raises:
+        ValueError: the model returns no floating tensor.
+    """
+    plain, swapped = copy.deepcopy(model), copy.deepcopy(model)
+    unswap(plain)
+    swap(swapped, backend=backend)
+    expected = _run(copy.deepcopy(plain).double(), _widened(inputs), _widened(keywords), backward)
+    own = []
+    for variant, context in _own_paths(plain):
+        with context:
+            own.append(_run(variant, inputs, keywords, backward))
+    actual = _run(swapped, inputs, keywords, backward)
+    return [compare(actual[name], exact, [run[name] for run in own], name) for name, exact in expected.items()]
+
+
+def livened(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every parameter random values and set eval mode: attention that is not flat, layer scales that count.
+
+    The dense layers shrink what they are given, so that a dozen of them do not amplify one rounding until it is all
+    that the tolerance rule sees.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            spread = 0.1
+            if parameter.dim() > 1 and name.endswith("weight"):
+                spread = (1.0 if ".qkv." in name else 0.5) * parameter[0].numel() ** -0.5
+            one = name.endswith("gamma") or ("norm" in name and name.endswith("weight"))
+            parameter.copy_(float(one) + spread * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def _own_paths(model: nn.Module) -> Iterator[tuple[nn.Module, AbstractContextManager[Any]]]:
+    yield model, nullcontext()
+    yield model, sdpa_kernel(SDPBackend.MATH)
+    written_out = copy.deepcopy(model)
+    switches = [module for module in written_out.modules() if getattr(module, "fused_attn", None) is True]
+    for module in switches:
+        module.fused_attn = False  # type: ignore[assignment]
+    is_transformers = getattr(getattr(model, "config", None), "_attn_implementation", None) == "sdpa"
+    if is_transformers:
+        written_out.set_attn_implementation("eager")  # type: ignore[operator]
+    if switches or is_transformers:
+        yield written_out, nullcontext()
+
+
+def _widened(tree: Any) -> Any:
+    return pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, tree)
+
+
+def _run(model: nn.Module, inputs: Any, keywords: Any, backward: bool) -> dict[str, Tensor]:
+    leaves = pytree.tree_leaves(model(*inputs, **keywords))
+    outputs = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    if not outputs:
+        raise ValueError(f"model: got {type(model).__name__}, which returns no floating tensor; nothing to compare")
+    results = {f"output {index}": output.detach() for index, output in enumerate(outputs)}
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if backward and parameters:
+        generator = torch.Generator().manual_seed(3)
+        reached = [output for output in outputs if output.requires_grad]
+        weights = [
+            torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.device, o.dtype) for o in reached
+        ]
+        total = torch.stack([(o * w).sum() for o, w in zip(reached, weights, strict=True)]).sum()
+        grads = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+        results |= {name: grad for name, grad in zip(parameters, grads, strict=True) if grad is not None}
+    return results
