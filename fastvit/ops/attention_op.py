@@ -117,9 +117,8 @@ def _run_backward(
         bias = bias.expand(*lse.shape, key.shape[2])
     grad_output = torch.zeros_like(output) if grad_output is None else rows_contiguous(grad_output)
     query, key, value = rows_contiguous(query), rows_contiguous(key), rows_contiguous(value)
-    # The forward wrote them in the layout that kernels read; torch.vmap may have expanded or moved them since.
+    # Forward wrote both in the layout that kernels read; torch.vmap may have expanded or moved them since.
     output, lse = rows_contiguous(output), lse.contiguous()
-    grad_lse = None if grad_lse is None else grad_lse.contiguous()
     kernels.attention_backward(
         grad_output, grad_lse, query, key, value, bias, output, lse, *grads, is_causal=is_causal, scale=scale
     )

@@ -1,0 +1,405 @@
+"""What people do to a swapped timm model besides running it: load, move, compile, package, adapt, quantise, prune."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrizations, parametrize, prune
+from torch.utils.checkpoint import checkpoint
+
+from fastvit.swap import swap, unswap
+from fastvit.testing import compare
+from tests.swapping import PACKED, PATCHES, forward_backward, images, livened, normal, ops_run
+
+timm = pytest.importorskip("timm")
+ROOT = Path(__file__).parents[1]
+BOTH = {PACKED, PATCHES}
+
+
+def tiny(seed: int = 0, **options: Any) -> nn.Module:
+    options = {"depth": 1, "img_size": 32, "patch_size": 8, "num_classes": 10, **options}
+    return livened(timm.create_model("vit_tiny_patch16_224", **options), seed)
+
+
+def swapped(seed: int = 0, **options: Any) -> nn.Module:
+    model = tiny(seed, **options)
+    swap(model, strict=True)
+    return model
+
+
+def x(batch: int = 2, size: int = 32) -> Tensor:
+    return images(batch, size)
+
+
+def hold_the_rule(model: nn.Module, build: Callable[[], nn.Module], exact: nn.Module | None = None) -> None:
+    """Compare logits and gradients with ``build()``'s in float64; PyTorch's own error is the larger of two paths'."""
+    mine = forward_backward(model, x())
+    truth = forward_backward((exact or build()).double(), x().double())
+    plain = build()
+    own = [forward_backward(plain, x())]
+    with sdpa_kernel(SDPBackend.MATH):
+        own.append(forward_backward(plain, x()))
+    assert mine.keys() == truth.keys() == own[0].keys()
+    for key, expected in truth.items():
+        yardstick = max((run[key] for run in own), key=lambda t, e=expected: (t.double() - e).abs().max())
+        comparison = compare(mine[key], expected, yardstick, key)
+        assert comparison.passed, comparison
+
+
+# Loading, saving and moving
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_state_dicts_go_both_ways(assign: bool) -> None:
+    for source, target in ((tiny(1), swapped()), (swapped(1), tiny()), (swapped(1), swapped())):
+        assert (source(x()) - target(x())).abs().max() > 0.1
+        missing = target.load_state_dict(source.state_dict(), strict=True, assign=assign)
+        assert not missing.missing_keys
+        assert not missing.unexpected_keys
+        torch.testing.assert_close(target(x()), source(x()), rtol=1e-4, atol=1e-4)
+        shared = target.blocks[0].attn.qkv.weight.data_ptr() == source.blocks[0].attn.qkv.weight.data_ptr()
+        assert shared is assign
+
+
+def test_weights_only_files() -> None:
+    model, buffer = swapped(1), io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    plain = tiny()
+    plain.load_state_dict(torch.load(buffer, weights_only=True), strict=True)
+    torch.testing.assert_close(plain(x()), model(x()), rtol=1e-4, atol=1e-4)
+
+
+def test_meta_and_back() -> None:
+    model = swapped()
+    expected, weights = model(x()), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert model.to("meta")(x().to("meta")).shape == expected.shape
+    model.to_empty(device="cpu").load_state_dict(weights, strict=True)
+    assert torch.equal(model(x()), expected)
+
+
+def test_default_device() -> None:
+    torch.set_default_device("meta")
+    try:
+        model = timm.create_model("vit_tiny_patch16_224", depth=1)
+        assert swap(model, strict=True).counts == {"fused": 2}
+        assert model(torch.empty(2, 3, 224, 224)).device.type == "meta"
+    finally:
+        torch.set_default_device(None)
+
+
+def test_channels_last() -> None:
+    model = swapped().to(memory_format=torch.channels_last)
+    weight = model.patch_embed.proj.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert not weight.is_contiguous()
+    for format_ in (torch.contiguous_format, torch.channels_last):
+        given = x().contiguous(memory_format=format_)
+        assert ops_run(lambda given=given: model(given)) == BOTH
+        torch.testing.assert_close(model(given), tiny()(x()), rtol=1e-4, atol=1e-4)
+    hold_the_rule(model, tiny)
+
+
+def test_conversion_that_swaps_the_parameters_contents() -> None:
+    model = swapped()
+    identities = [id(parameter) for parameter in model.parameters()]
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+    assert identities == [id(parameter) for parameter in model.parameters()]
+    torch.testing.assert_close(model(x().double()), tiny().double()(x().double()), rtol=1e-11, atol=1e-11)
+
+
+def test_fake_tensors() -> None:
+    model = swapped()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        logits = model(torch.empty(5, 3, 32, 32))
+        assert isinstance(logits, FakeTensor)
+        assert logits.shape == (5, 10)
+        (grad,) = torch.autograd.grad(logits.sum(), [model.blocks[0].attn.qkv.weight])
+        assert isinstance(grad, FakeTensor)
+        assert grad.shape == (576, 192)
+
+
+# Running
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing(use_reentrant: bool) -> None:
+    gradients = []
+    for checkpointed in (False, True):
+        model = swapped().train()
+        tokens = model.patch_embed(x())
+        attention = model.blocks[0].attn
+        out = checkpoint(attention, tokens, use_reentrant=use_reentrant) if checkpointed else attention(tokens)
+        out.square().sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert len(gradients[0]) == 6
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
+def test_two_threads_train_at_once() -> None:
+    models = [swapped(seed) for seed in range(2)]
+    expected = [forward_backward(model, x()) for model in models]
+    results: list[list[dict[str, Tensor]]] = [[], []]
+
+    def work(index: int) -> None:
+        for _ in range(5):
+            results[index].append(forward_backward(models[index], x()))
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index in range(2):
+        assert len(results[index]) == 5
+        for result in results[index]:
+            assert all(torch.equal(result[key], value) for key, value in expected[index].items())
+
+
+def test_the_profiler_names_forward_and_backward() -> None:
+    model = swapped()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        model(x().requires_grad_()).sum().backward()
+    counted = {event.key: event.count for event in profile.key_averages()}
+    backwards = (f"{PACKED}_backward", f"{PATCHES}_backward_weight", f"{PATCHES}_backward_images")
+    assert {name: counted.get(name) for name in (PACKED, PATCHES, *backwards)} == dict.fromkeys(
+        (PACKED, PATCHES, *backwards), 1
+    )
+
+
+# Compilers
+
+
+def test_one_graph_for_all_batches_and_image_sizes() -> None:
+    model = swapped(dynamic_img_size=True)
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(model, fullgraph=True)
+    graphs = []
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for batch, size in ((2, 40), (3, 48), (5, 64), (4, 56)):
+            torch.testing.assert_close(compiled(x(batch, size)), model(x(batch, size)), rtol=1e-4, atol=1e-4)
+            graphs.append(counters["stats"]["unique_graphs"])
+        assert ops_run(lambda: compiled(x(6, 72))) == BOTH
+    # The second size makes the graph dynamic, and later ones reuse it; timm's own forward compiles once per size.
+    assert graphs == [1, 2, 2, 2]
+    assert not counters["graph_break"]
+    with pytest.raises(AssertionError, match=r"images: got (another height|height 41); accepted are multiples of 8"):
+        compiled(x(2, 41))
+
+
+def run_python(program: str, *arguments: object) -> str:
+    finished = subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        cwd=ROOT,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def test_aot_inductor_package_in_a_fresh_interpreter(tmp_path: Path) -> None:
+    model = swapped()
+    dynamic = {"x": {0: torch.export.Dim("batch", min=1, max=64)}}
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(model, (x(3),), dynamic_shapes=dynamic)
+        torch.export.save(program, tmp_path / "program.pt2")
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+        torch.save({batch: (x(batch), model(x(batch))) for batch in (1, 5)}, tmp_path / "io.pt")
+    # The ops live in fastvit, not in the package: importing it is all that a program needs, and timm is not.
+    loading = """
+import sys, torch, fastvit
+package, program, io = sys.argv[1:]
+loaded = [torch._inductor.aoti_load_package(package), torch.export.load(program).module()]
+for images, logits in torch.load(io).values():
+    for model in loaded:
+        assert (model(images) - logits).abs().max() < 1e-4
+assert "timm" not in sys.modules
+print("same")
+"""
+    assert run_python(loading, package, tmp_path / "program.pt2", tmp_path / "io.pt").strip().endswith("same")
+    without = (
+        "import sys, torch\ntry: torch._inductor.aoti_load_package(sys.argv[1])\nexcept RuntimeError as e: print(e)"
+    )
+    assert "fastvit::" in run_python(without, package)
+
+
+def test_torchscript_is_refused_and_tracing_works() -> None:
+    model = swapped()
+    with pytest.raises(
+        NotImplementedError, match=r"^fastvit FusedPatchEmbed: torch.jit.script is not supported.*unswap"
+    ):
+        torch.jit.script(model)
+    buffer = io.BytesIO()
+    torch.jit.save(torch.jit.trace(model, x(3)), buffer)
+    buffer.seek(0)
+    loaded = torch.jit.load(buffer)
+    torch.testing.assert_close(loaded(x(5)), model(x(5)), rtol=1e-5, atol=1e-5)
+    assert ops_run(lambda: loaded(x())) == BOTH
+    unswap(model)
+    torch.jit.script(model)
+
+
+# Layers inside that are no longer what they were
+
+
+def with_lora(model: nn.Module, targets: str) -> nn.Module:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(4)
+    config = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
+    return peft.get_peft_model(model, config).eval()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_lora(when: str) -> None:
+    targets = r".*attn\.(qkv|proj)"
+    if when == "before":
+        model = with_lora(tiny(), targets)
+        assert swap(model, strict=True).counts == {"fused": 2}
+    else:
+        model = with_lora(swapped(), targets)
+    assert ops_run(lambda: model(x())) == BOTH
+    assert (model(x()) - tiny()(x())).abs().max() > 0.1
+    hold_the_rule(model, lambda: with_lora(tiny(), targets))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model(x()).sum().backward()
+    assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == trained
+    assert len(trained) == 4
+    expected = model(x())
+    merged = model.merge_and_unload()
+    assert type(merged.blocks[0].attn.qkv) is nn.Linear
+    torch.testing.assert_close(merged(x()), expected, rtol=1e-4, atol=1e-4)
+    assert ops_run(lambda: merged(x())) == BOTH
+    unswap(merged)
+    torch.testing.assert_close(merged(x()), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_lora_on_the_patch_embedding_is_called(when: str) -> None:
+    targets = r".*patch_embed\.proj"
+    if when == "before":
+        model = with_lora(tiny(), targets)
+        assert "proj is a Conv2d with a forward of its own: runs the plain forward" in str(swap(model))
+    else:
+        model = with_lora(swapped(), targets)
+    with pytest.warns(UserWarning, match=r"FusedPatchEmbed: proj is a Conv2d with a forward of its own"):
+        hold_the_rule(model, lambda: with_lora(tiny(), targets))
+    assert ops_run(lambda: model(x())) == {PACKED}
+    merged = model.merge_and_unload()
+    assert ops_run(lambda: merged(x())) == BOTH
+    torch.testing.assert_close(merged(x()), with_lora(tiny(), targets)(x()), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_int8_weights(when: str) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+
+    def quantized(model: nn.Module) -> nn.Module:
+        quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+        return model
+
+    model = quantized(tiny()) if when == "before" else quantized(swapped())
+    if when == "before":
+        assert swap(model, strict=True).counts == {"fused": 2}
+    assert not type(model.blocks[0].attn.qkv.weight).__name__.endswith("Parameter")
+    exact = quantized(tiny())
+    for module in exact.modules():
+        if isinstance(module, nn.Linear):
+            module.weight = nn.Parameter(module.weight.dequantize(), requires_grad=False)
+    plain = quantized(tiny())
+    with torch.no_grad():
+        assert ops_run(lambda: model(x())) == BOTH
+        truth = exact.double()(x().double())
+        with sdpa_kernel(SDPBackend.MATH):
+            own = [plain(x())]
+        own.append(plain(x()))
+        yardstick = max(own, key=lambda t: (t.double() - truth).abs().max())
+        comparison = compare(model(x()), truth, yardstick, "logits")
+        assert (truth - tiny()(x())).abs().max() > 1e-3
+    assert comparison.passed, comparison
+
+
+def l1_pruned(layer: nn.Module) -> None:
+    prune.l1_unstructured(layer, "weight", 0.3)
+
+
+REWRITES = {
+    "weight_norm": parametrizations.weight_norm,
+    "spectral_norm": parametrizations.spectral_norm,
+    "old weight_norm": torch.nn.utils.weight_norm,
+    "old spectral_norm": torch.nn.utils.spectral_norm,
+    "pruning": l1_pruned,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*plain forward", "ignore:.*weight_norm")
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("where", ["blocks.0.attn.qkv", "blocks.0.attn.proj", "patch_embed.proj"])
+@pytest.mark.parametrize("rewrite", REWRITES)
+def test_weights_that_are_computed(rewrite: str, where: str, when: str) -> None:
+    def rewritten(model: nn.Module) -> nn.Module:
+        torch.manual_seed(6)
+        REWRITES[rewrite](model.get_submodule(where))
+        # So that a stale weight shows: what the weight is computed from has changed since.
+        with torch.no_grad():
+            for name, parameter in model.get_submodule(where).named_parameters():
+                if "weight" in name:
+                    parameter.mul_(1.5).add_(0.01)
+        return model.eval()
+
+    model = rewritten(tiny()) if when == "before" else rewritten(swapped())
+    if when == "before":
+        assert swap(model, strict=True).counts == {"fused": 2}
+    # The older ones compute the weight in a hook of proj, which fires only if proj is called.
+    hooked = where == "patch_embed.proj" and (rewrite.startswith("old") or rewrite == "pruning")
+    assert ops_run(lambda: model(x())) == ({PACKED} if hooked else BOTH)
+    hold_the_rule(model, lambda: rewritten(tiny()))
+    unswap(model)
+    torch.testing.assert_close(model(x()), rewritten(tiny())(x()), rtol=0, atol=0)
+
+
+def test_what_was_parametrized_can_be_baked_in() -> None:
+    model = swapped()
+    parametrizations.weight_norm(model.patch_embed.proj)
+    expected = model(x())
+    parametrize.remove_parametrizations(model.patch_embed.proj, "weight")
+    torch.testing.assert_close(model(x()), expected, rtol=1e-5, atol=1e-5)
+    prune.random_unstructured(model.patch_embed.proj, "weight", 0.5)
+    prune.remove(model.patch_embed.proj, "weight")
+    assert (model.patch_embed.proj.weight == 0).float().mean() == 0.5
+    assert ops_run(lambda: model(x())) == BOTH
+
+
+def test_tokens_may_be_dropped_between_the_layers() -> None:
+    model, plain = swapped(), tiny()
+    model.patch_drop = plain.patch_drop = timm.layers.PatchDropout(0.5)
+    results = []
+    for network in (model, plain):
+        torch.manual_seed(5)
+        results.append(network.train()(x()))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+    assert (results[0] - normal(*results[0].shape)).abs().max() > 0.1
