@@ -286,6 +286,28 @@ def test_an_ensemble_of_swapped_models() -> None:
     same(actual, expected)
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_transforms_under_autocast(inside: bool) -> None:
+    qkv = normal(4, 2, 7, 3, 3, 8)
+
+    def loss(one: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            return fastvit.attention_qkvpacked(one).float().square().sum()
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=not inside):
+        mine = vmap(grad(loss))(qkv)
+        expected = []
+        for one in qkv:
+            leaf = one.clone().requires_grad_()
+            loss(leaf).backward()
+            expected.append(leaf.grad)
+    assert mine.dtype == torch.float32
+    torch.testing.assert_close(mine, torch.stack(expected), rtol=0, atol=0)
+    # bfloat16 ran: float32 is not met to its own rounding, and is met to bfloat16's.
+    exact = vmap(grad(lambda one: fastvit.attention_qkvpacked(one).square().sum()))(qkv)
+    assert 1e-4 < (mine - exact).abs().max() < 0.1
+
+
 def test_compiled_transforms() -> None:
     tensors = queries((None, None, None))
     function = vmap(grad(lambda *t: fastvit.attention(*(u[None] for u in t)).square().sum(), (0, 1, 2)))
