@@ -15,7 +15,7 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
-SetupContext = Callable[[Any, tuple[Any, ...], Any], None]
+SetupContext = Callable[[Any, Any, Any], None]
 Backward = Callable[..., Any]
 
 
@@ -55,26 +55,27 @@ def register_autograd(
 
 def _function(base: type, op: Any, backward: Backward, setup_context: SetupContext | None) -> type:
     """Return a Function whose arguments are the op's and, last, the keys with which the op was called."""
+    is_one_level = base is _SingleLevelFunction
 
-    def forward(*args: Any) -> Any:
-        *arguments, keyset = args
-        if base is torch.autograd.Function:
-            return _below_autograd(op, keyset, arguments)
-        # A forward runs with both kinds of gradients off; the next level has to see them on, or a derivative of a
-        # derivative would silently be zero.
-        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-            return _below_autograd(op, keyset, arguments)
-
-    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    # Saving in forward, because with a setup_context of its own a Function inspects its signature in every call.
+    def forward(ctx: Any, *args: Any) -> Any:
+        *inputs, keyset = args
+        if is_one_level:
+            # A forward runs with both kinds of gradients off; the next level has to see them on, or a derivative of a
+            # derivative would silently be zero.
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                output = _below_autograd(op, keyset, inputs)
+        else:
+            output = _below_autograd(op, keyset, inputs)
         if setup_context is not None:
-            setup_context(ctx, inputs[:-1], output)
+            setup_context(ctx, inputs, output)
+        return output
 
     def differentiate(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         return *backward(ctx, *grads), None
 
-    members = {"forward": forward, "setup_context": save, "backward": differentiate}
     name = "".join(part.capitalize() for part in (op.namespace, *op._opname.split("_")))
-    return type(name, (base,), {key: staticmethod(member) for key, member in members.items()})
+    return type(name, (base,), {"forward": staticmethod(forward), "backward": staticmethod(differentiate)})
 
 
 def _below_autograd(op: Any, keyset: Any, args: Any) -> Any:
