@@ -41,10 +41,10 @@ def ops_run(function: Callable[[], Any]) -> set[str]:
 
 
 def forward_backward(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Return the logits and every parameter's gradient of a fixed random weighting of the logits."""
+    """Return the logits and the gradients, of every parameter that has one, of a fixed random weighting of them."""
     logits = model(x)
     weighting = normal(*logits.shape, seed=3).to(logits.dtype)
-    used = dict(model.named_parameters())
+    used = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     grads = torch.autograd.grad((logits * weighting).sum(), list(used.values()), allow_unused=True)
     return {"logits": logits.detach(), **{name: g for name, g in zip(used, grads, strict=True) if g is not None}}
 

@@ -44,6 +44,13 @@ class FusedForward(nn.Module):
         self.__dict__["_fastvit_warned"] = True
         warnings.warn(f"{type(self).__name__}: {reason}, so this module runs its plain forward", stacklevel=3)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Say what to do when torch.jit.script asks (it would fail on the first thing it does not understand)."""
+        raise NotImplementedError(
+            f"fastvit {type(self).__name__}: torch.jit.script is not supported (torch itself deprecates it); use "
+            "torch.jit.trace, torch.export or torch.compile, or fastvit.unswap the model first"
+        )
+
     def extra_repr(self) -> str:
         """Return the plain class's text, the backend, and where the plain forward runs."""
         notes = [f"backend={self._fastvit_backend or 'automatic'}", *self.fastvit_fallbacks(self)]

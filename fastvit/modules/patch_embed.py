@@ -94,20 +94,19 @@ class FusedPatchEmbedForward(FusedForward):
         return _embed(images, self.proj.weight, self.proj.bias, self._fastvit_backend)
 
     def _check_size(self, height: int, width: int) -> None:
-        # torch._assert, as in timm, because it can be traced symbolically; it raises AssertionError.
         if self.img_size is None:
             return
         if getattr(self, "strict_img_size", True):
             expected_height, expected_width = self.img_size
-            torch._assert(height == expected_height, f"images: got height {height}; accepted is {expected_height}")
-            torch._assert(width == expected_width, f"images: got width {width}; accepted is {expected_width}")
+            _require(height == expected_height, "height", height, f"is {expected_height}")
+            _require(width == expected_width, "width", width, f"is {expected_width}")
         elif not self.dynamic_img_pad:
             self._check_multiple(height, width)
 
     def _check_multiple(self, height: int, width: int) -> None:
         rows, columns = self.patch_size
-        torch._assert(height % rows == 0, f"images: got height {height}; accepted are multiples of {rows}")
-        torch._assert(width % columns == 0, f"images: got width {width}; accepted are multiples of {columns}")
+        _require(height % rows == 0, "height", height, f"are multiples of {rows}")
+        _require(width % columns == 0, "width", width, f"are multiples of {columns}")
 
     def _output_format(self) -> str:
         return "NLC" if self.flatten else str(getattr(self.output_fmt, "value", self.output_fmt))
@@ -135,6 +134,13 @@ class FusedPatchEmbedForward(FusedForward):
             self._warn_fallback(reason)
             return super().forward(x)
         return self._fused_forward(x)
+
+
+def _require(condition: bool, side: str, size: int, accepted: str) -> None:
+    # A text with the size in it would compile one graph per size. torch._assert, as in timm, because it can be traced
+    # symbolically; it raises AssertionError.
+    got: int | str = "another" if torch.compiler.is_compiling() else size
+    torch._assert(condition, f"images: got {side} {got}; accepted {accepted}")
 
 
 def _why_call(proj: nn.Module) -> str | None:

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from fastvit.kernels.spec import AttentionSpec
 from fastvit.ops.autocast import register_autocast
+from fastvit.ops.autograd import register_autograd
 from fastvit.ops.backends import requested_backend, select
+from fastvit.ops.batching import register_batching
 from fastvit.ops.checks import rows_contiguous
 
 _LIBRARY = torch.library.Library("fastvit", "FRAGMENT")
@@ -115,6 +117,8 @@ def _run_backward(
         bias = bias.expand(*lse.shape, key.shape[2])
     grad_output = torch.zeros_like(output) if grad_output is None else rows_contiguous(grad_output)
     query, key, value = rows_contiguous(query), rows_contiguous(key), rows_contiguous(value)
+    # Forward wrote both in the layout that kernels read; torch.vmap may have expanded or moved them since.
+    output, lse = rows_contiguous(output), lse.contiguous()
     kernels.attention_backward(
         grad_output, grad_lse, query, key, value, bias, output, lse, *grads, is_causal=is_causal, scale=scale
     )
@@ -243,11 +247,11 @@ def _refuse_double_backward(ctx: Any, *_: Tensor | None) -> None:
     raise NotImplementedError("fastvit attention: the second derivative is not supported; use torch's own attention")
 
 
-torch.library.register_autograd("fastvit::attention", _differentiate, setup_context=_save_for_backward, lib=_LIBRARY)
-torch.library.register_autograd(
-    "fastvit::attention_qkvpacked", _differentiate_packed, setup_context=_save_for_backward, lib=_LIBRARY
-)
+_OPS = torch.ops.fastvit
+register_autograd(_LIBRARY, _OPS.attention.default, _differentiate, _save_for_backward)
+register_autograd(_LIBRARY, _OPS.attention_qkvpacked.default, _differentiate_packed, _save_for_backward)
 for _name in ("attention_backward", "attention_qkvpacked_backward"):
-    torch.library.register_autograd(f"fastvit::{_name}", _refuse_double_backward, lib=_LIBRARY)
+    register_autograd(_LIBRARY, getattr(_OPS, _name).default, _refuse_double_backward)
 for _name in ("attention", "attention_qkvpacked"):
-    register_autocast(_LIBRARY, getattr(torch.ops.fastvit, _name), _name)
+    register_autocast(_LIBRARY, getattr(_OPS, _name), _name)
+register_batching(_LIBRARY)

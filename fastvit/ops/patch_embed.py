@@ -12,7 +12,9 @@ from torch import Tensor
 
 from fastvit.kernels.spec import PatchEmbedSpec
 from fastvit.ops.autocast import register_autocast
+from fastvit.ops.autograd import register_autograd
 from fastvit.ops.backends import check_backend_name, requested_backend, select
+from fastvit.ops.batching import register_patch_embed_batching
 from fastvit.ops.checks import check_same, check_tensor, rows_contiguous
 
 
@@ -150,7 +152,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 def _differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     images, weight = ctx.saved_tensors
-    wants_images, wants_weight, wants_bias, _ = ctx.needs_input_grad
+    wants_images, wants_weight, wants_bias = ctx.needs_input_grad[:3]
     grad_images = grad_weight = grad_bias = None
     if wants_images:
         grad_images = torch.ops.fastvit.patch_embed_backward_images(grad_output, images, weight, ctx.backend)
@@ -163,7 +165,9 @@ def _refuse_double_backward(ctx: Any, *_: Tensor | None) -> None:
     raise NotImplementedError("fastvit patch_embed: the second derivative is not supported; use torch's own conv2d")
 
 
-torch.library.register_autograd("fastvit::patch_embed", _differentiate, setup_context=_save_for_backward, lib=_LIBRARY)
+_OPS = torch.ops.fastvit
+register_autograd(_LIBRARY, _OPS.patch_embed.default, _differentiate, _save_for_backward)
 for _name in ("patch_embed_backward_weight", "patch_embed_backward_images"):
-    torch.library.register_autograd(f"fastvit::{_name}", _refuse_double_backward, lib=_LIBRARY)
-register_autocast(_LIBRARY, torch.ops.fastvit.patch_embed, "patch_embed")
+    register_autograd(_LIBRARY, getattr(_OPS, _name).default, _refuse_double_backward)
+register_autocast(_LIBRARY, _OPS.patch_embed, "patch_embed")
+register_patch_embed_batching(_LIBRARY)

@@ -1,0 +1,52 @@
+"""Run something as soon as another module has been imported, or now if it has been.
+
+``torch.distributed.tensor`` takes half a second to import and ``torch.utils.flop_counter`` imports Triton, so importing
+fastvit imports neither. What fastvit has to tell them must be there before their first use, which may not pass through
+any function of ours (a loaded graph calls the ops directly), so it hangs on their import.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+
+def when_imported(name: str, callback: Callable[[], None]) -> None:
+    """Call ``callback`` once the module ``name`` is imported; if it raises, warn, and let the import go on."""
+    if name in sys.modules:
+        callback()
+    else:
+        sys.meta_path.insert(0, _Watcher(name, callback))
+
+
+class _Watcher(MetaPathFinder):
+    def __init__(self, name: str, callback: Callable[[], None]) -> None:
+        self._name = name
+        self._callback = callback
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != self._name or self not in sys.meta_path:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = self._then_call_back(spec.loader.exec_module)
+            spec.loader.exec_module = execute  # type: ignore[assignment]  # on this one loader, not on its class
+        return spec
+
+    def _then_call_back(self, exec_module: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:
+        def execute(module: ModuleType) -> None:
+            exec_module(module)
+            try:
+                self._callback()
+            except Exception as error:
+                warnings.warn(f"fastvit: nothing was registered with {self._name}: {error}", stacklevel=2)
+
+        return execute
