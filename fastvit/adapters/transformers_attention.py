@@ -88,6 +88,8 @@ def attention_forward(
         plain = sdpa_attention_forward if implementation == SDPA else _eager_function(type(module))
         kwargs = kwargs if is_causal is None else dict(kwargs, is_causal=is_causal)
         return cast(Any, plain)(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    if query.shape[0] == 1 and key.shape[0] != 1:
+        query = query.expand(key.shape[0], -1, -1, -1)  # learned queries, which SDPA broadcasts too
     if (groups := getattr(module, "num_key_value_groups", 1)) > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     backend = getattr(module, "_fastvit_backend", None)

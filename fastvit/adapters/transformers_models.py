@@ -7,6 +7,7 @@ are made by the model, not by its attention, so they stay those of the implement
 
 from __future__ import annotations
 
+import copy
 import importlib
 import sys
 from typing import Any, cast
@@ -66,9 +67,16 @@ class _ConfigView:
     def __repr__(self) -> str:
         return repr(self.__dict__["_fastvit_module"].__dict__["config"])
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # A copy of it is a copy of the config.
-        return self.__dict__["_fastvit_module"].__dict__["config"].__reduce_ex__(protocol)
+    # A copy of it, pickled or not, is a copy of the config.
+    def __copy__(self) -> Any:
+        return copy.copy(self.__dict__["_fastvit_module"].__dict__["config"])
+
+    def __reduce__(self) -> Any:
+        return _itself, (self.__dict__["_fastvit_module"].__dict__["config"],)
+
+
+def _itself(config: Any) -> Any:
+    return config
 
 
 def _unreadable(name: object) -> str:
@@ -139,8 +147,10 @@ class FusedAttentionForward(FusedForward):
 class FusedFlatPatchEmbedForward(FusedForward):
     """The fused forward of a convolution ``proj`` whose input is one flattened patch per row.
 
-    Nothing is left to gather: it is a matrix product, and torch's is the fastest. With a backend of its own the module
-    runs our op, on one image per patch.
+    Nothing is left to gather: it is a matrix product, and torch's is the fastest (S 2048, D 1280, patch 14 on one core
+    of an AMD EPYC: 31 ms in float32, 4.9 ms in bfloat16; our op 42 and 62 ms, Conv3d 220 and 431 ms). Our op runs, on
+    one image per patch, where a backend is asked for, and for the gradient of the patches in full precision, in which
+    torch's product errs up to 1.7 × what the tolerance rule allows against Conv3d.
     """
 
     fastvit_kind = "patch embedding"
@@ -159,7 +169,7 @@ class FusedFlatPatchEmbedForward(FusedForward):
 
     @classmethod
     def fastvit_spec(cls, module: nn.Module, dtype: torch.dtype, device: torch.device) -> PatchEmbedSpec | None:
-        """Return None: no backend of ours is asked, unless by name."""
+        """Return None: the typical call is torch's own matrix product."""
         return None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -176,7 +186,8 @@ class FusedFlatPatchEmbedForward(FusedForward):
             return cast(Tensor, super().forward(hidden_states))
         weight, bias = self.proj.weight, self.proj.bias  # [D, C, T, P, P]
         patches = hidden_states.to(dtype=weight.dtype).reshape(-1, weight[0].numel())
-        if self._fastvit_backend is None:
+        wide = patches.dtype in (torch.float32, torch.float64)
+        if self._fastvit_backend is None and not (wide and patches.requires_grad):
             return F.linear(patches, weight.flatten(1), bias)
         rows, columns = weight.shape[-2:]
         images = patches.reshape(patches.shape[0], -1, rows, columns)  # [S, C·T, P, P]
