@@ -216,16 +216,16 @@ def _compiled(model: Hidden, **options: bool) -> Callable[[Inputs], Tensor]:
     return torch.compile(lambda inputs: model(inputs, **options), fullgraph=True, backend="aot_eager", dynamic=True)
 
 
-@pytest.mark.parametrize("name", ["vit", "dinov2", "dinov2_with_registers", "dinov3", "siglip", "clip_vision"])
+@pytest.mark.parametrize("name", ["vit", "dinov2", "dinov3", "siglip"])
 @pytest.mark.filterwarnings("ignore")
 def test_compile_with_any_batch_and_two_image_sizes(name: str) -> None:
-    model = MODELS[name][0]()
+    model = MODELS[name][0](num_hidden_layers=1)
     swap(model)
     # The others take images of any size as they are.
-    options = {"interpolate_pos_encoding": True} if name in ("vit", "siglip", "clip_vision") else {}
+    options = {"interpolate_pos_encoding": True} if name in ("vit", "siglip") else {}
     compiled = _compiled(model, **options)
     with torch.no_grad():
-        for batch, size in ((2, 48), (3, 48), (5, 64)):
+        for batch, size in ((2, 48), (3, 64)):
             inputs = hugging.pixels(batch, size)
             torch.testing.assert_close(compiled(inputs), model(inputs, **options), rtol=1e-4, atol=1e-4)
         assert SEPARATE in ops_run(lambda: compiled(hugging.pixels(3)))
@@ -234,7 +234,7 @@ def test_compile_with_any_batch_and_two_image_sizes(name: str) -> None:
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.filterwarnings("ignore")
 def test_compile_with_padding(implementation: str) -> None:
-    model = hugging.clip_text()
+    model = hugging.clip_text(num_hidden_layers=1)
     model.model.set_attn_implementation(implementation)
     swap(model)
     compiled = _compiled(model)
@@ -246,7 +246,7 @@ def test_compile_with_padding(implementation: str) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_compile_for_training() -> None:
-    model = hugging.vit(attention_probs_dropout_prob=0.3)
+    model = hugging.vit(attention_probs_dropout_prob=0.3, num_hidden_layers=1)
     swap(model)
     expected = forward_backward(model, hugging.pixels())
     compiled = _compiled(model)

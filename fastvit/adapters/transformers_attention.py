@@ -124,7 +124,7 @@ def _why_plain(
     kwargs: dict[str, Any],
 ) -> str | None:
     if dropout > 0.0:
-        return f"attention dropout (p={dropout:g}) has no kernel yet"
+        return "attention dropout has no kernel yet"
     if (head_dim := max(query.shape[3], value.shape[3])) > MAX_HEAD_DIM:
         return f"head_dim {head_dim} is above {MAX_HEAD_DIM}"
     if attention_mask is not None and attention_mask.requires_grad and torch.is_grad_enabled():

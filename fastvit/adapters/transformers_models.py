@@ -95,6 +95,8 @@ class FusedAttentionForward(FusedForward):
         A property stands before the instance's attribute, which stays where it is: nothing is stored, and the swap
         follows ``set_attn_implementation``.
         """
+        if "config" not in self.__dict__:
+            raise AttributeError("config")
         return _ConfigView(self)
 
     @config.setter
