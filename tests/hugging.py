@@ -184,3 +184,70 @@ def torchs_own(model: Hidden, inputs: Inputs, truth: dict[str, Tensor], eager: b
         runs.append(forward_backward(model, inputs))
     model.model.set_attn_implementation(name)
     return {key: max((run[key] for run in runs), key=lambda t: (t.double() - truth[key]).abs().max()) for key in truth}
+
+
+def _siglip2() -> tuple[nn.Module, Inputs]:
+    from transformers import Siglip2VisionConfig, Siglip2VisionModel
+
+    grids = torch.tensor([[6, 6], [4, 5], [3, 3], [1, 2]])
+    mask = torch.arange(36)[None] < grids.prod(1)[:, None]
+    flat = normal(4, 36, 3 * 8 * 8, seed=7) * mask[..., None]
+    inputs = {"pixel_values": flat, "pixel_attention_mask": mask.long(), "spatial_shapes": grids}
+    return Siglip2VisionModel(Siglip2VisionConfig(**WIDTH, patch_size=8, num_patches=36)), inputs
+
+
+def _ast() -> tuple[nn.Module, Inputs]:
+    from transformers import ASTConfig, ASTModel
+
+    config = ASTConfig(**WIDTH, patch_size=8, max_length=48, num_mel_bins=32)
+    return ASTModel(config), {"input_values": normal(4, 48, 32, seed=7)}
+
+
+def _vivit() -> tuple[nn.Module, Inputs]:
+    from transformers import VivitConfig, VivitModel
+
+    config = VivitConfig(**WIDTH, image_size=32, num_frames=4, tubelet_size=[2, 8, 8])
+    return VivitModel(config), {"pixel_values": normal(4, 4, 3, 32, 32, seed=7)}
+
+
+def _qwen2_vl() -> tuple[nn.Module, Inputs]:
+    from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+
+    config = Qwen2VLVisionConfig(depth=DEPTH, embed_dim=96, hidden_size=48, num_heads=3, mlp_ratio=2, patch_size=4)
+    return Qwen2VisionTransformerPretrainedModel(config), patches()
+
+
+def _qwen3_vl() -> tuple[nn.Module, Inputs]:
+    from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
+
+    sizes = {"hidden_size": 96, "depth": DEPTH, "num_heads": 3, "intermediate_size": 192, "out_hidden_size": 48}
+    places = {"patch_size": 4, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
+    return Qwen3VLVisionModel(Qwen3VLVisionConfig(**sizes, **places)), patches()
+
+
+def _images(config: str, model: str) -> tuple[nn.Module, Inputs]:
+    import transformers
+
+    return getattr(transformers, model)(getattr(transformers, config)(**IMAGES)), pixels()
+
+
+# Classes of the same make as those above, each with its attention.
+MORE: dict[str, tuple[Callable[[], tuple[nn.Module, Inputs]], str]] = {
+    "aimv2": (lambda: _images("Aimv2VisionConfig", "Aimv2VisionModel"), "Aimv2Attention"),
+    "ast": (_ast, "ASTAttention"),
+    "deit": (lambda: _images("DeiTConfig", "DeiTModel"), "DeiTAttention"),
+    "ijepa": (lambda: _images("IJepaConfig", "IJepaModel"), "IJepaAttention"),
+    "metaclip_2": (lambda: _images("MetaClip2VisionConfig", "MetaClip2VisionModel"), "MetaClip2Attention"),
+    "qwen2_vl": (_qwen2_vl, "VisionAttention"),
+    "qwen3_vl": (_qwen3_vl, "Qwen3VLVisionAttention"),
+    "siglip2": (_siglip2, "Siglip2Attention"),
+    "vit_msn": (lambda: _images("ViTMSNConfig", "ViTMSNModel"), "ViTMSNAttention"),
+    "vivit": (_vivit, "VivitAttention"),
+}
+
+
+def another(name: str) -> tuple[Hidden, Inputs]:
+    model, inputs = MORE[name][0]()
+    return _lively(model), inputs

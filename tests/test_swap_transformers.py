@@ -64,6 +64,32 @@ def test_models_keep_their_numbers(name: str, hold: Hold) -> None:
     assert all(torch.equal(restored[key], unswapped[key]) for key in unswapped)
 
 
+@pytest.mark.parametrize("name", hugging.MORE)
+def test_classes_of_the_same_make(name: str, hold: Hold) -> None:
+    model, inputs = hugging.another(name)
+    truth = hugging.exact(model, inputs)
+    own, unswapped = hugging.torchs_own(model, inputs, truth), forward_backward(model, inputs)
+    report = swap(model)
+    rows = [row for row in report.swapped if row.original_type == hugging.MORE[name][1]]
+    assert len(rows) == DEPTH, str(report)
+    # A pooling head that calls SDPA itself, and patches that overlap.
+    others = (*ELSEWHERE, "Aimv2AttentionPoolingHead", "ASTPatchEmbeddings")
+    assert all(row.original_type in others for row in report.left_alone), str(report)
+    mine: dict[str, Tensor] = {}
+    assert SEPARATE in ops_run(lambda: mine.update(forward_backward(model, inputs)))
+    hold(f"transformers {name}", [compare(mine[key], truth[key], own[key], key) for key in truth], name)
+    unswap(model)
+    restored = forward_backward(model, inputs)
+    assert all(torch.equal(restored[key], unswapped[key]) for key in unswapped)
+
+
+def test_the_fused_classes_have_names_of_their_own() -> None:
+    from fastvit.adapters.transformers_models import FORWARDS
+
+    names = [name for _, table in FORWARDS for classes in table.values() for name in classes]
+    assert len(names) == len(set(names))
+
+
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("left", [True, False])
 def test_clip_text_with_padding(implementation: str, left: bool, hold: Hold) -> None:

@@ -36,10 +36,22 @@ ATTENTIONS = {
     "siglip.modeling_siglip": ("SiglipAttention",),
     "clip.modeling_clip": ("CLIPAttention",),
     "qwen2_5_vl.modeling_qwen2_5_vl": ("Qwen2_5_VLVisionAttention",),
+    "aimv2.modeling_aimv2": ("Aimv2Attention",),
+    "audio_spectrogram_transformer.modeling_audio_spectrogram_transformer": ("ASTAttention",),
+    "deit.modeling_deit": ("DeiTAttention",),
+    "ijepa.modeling_ijepa": ("IJepaAttention",),
+    "metaclip_2.modeling_metaclip_2": ("MetaClip2Attention",),
+    "qwen2_vl.modeling_qwen2_vl": ("VisionAttention",),
+    "qwen3_vl.modeling_qwen3_vl": ("Qwen3VLVisionAttention",),
+    "siglip2.modeling_siglip2": ("Siglip2Attention",),
+    "vit_msn.modeling_vit_msn": ("ViTMSNAttention",),
+    "vivit.modeling_vivit": ("VivitAttention",),
 }
 # A convolution over patches that the processor has cut and flattened, each an image of its own.
 FLAT_PATCH_EMBEDS = {
     "qwen2_5_vl.modeling_qwen2_5_vl": ("Qwen2_5_VisionPatchEmbed",),
+    "qwen2_vl.modeling_qwen2_vl": ("PatchEmbed",),
+    "qwen3_vl.modeling_qwen3_vl": ("Qwen3VLVisionPatchEmbed",),
 }
 
 
@@ -208,10 +220,13 @@ def _why_call(proj: nn.Module) -> str | None:
     return None
 
 
+FORWARDS = ((FusedAttentionForward, ATTENTIONS), (FusedFlatPatchEmbedForward, FLAT_PATCH_EMBEDS))
+
+
 def register_loaded() -> None:
     """Register the fused classes of all files of models that are imported by now."""
     register()
-    for forward, table in ((FusedAttentionForward, ATTENTIONS), (FusedFlatPatchEmbedForward, FLAT_PATCH_EMBEDS)):
+    for forward, table in FORWARDS:
         for file, classes in table.items():
             models = sys.modules.get(f"{MODELS}.{file}")
             for name in classes if models is not None else ():
@@ -229,7 +244,7 @@ def _define(forward: type[FusedForward], original: type[nn.Module]) -> None:
 
 def __getattr__(name: str) -> Any:
     # pickle asks for a class by its name, perhaps before the file of its models was imported.
-    for table in (ATTENTIONS, FLAT_PATCH_EMBEDS):
+    for _, table in FORWARDS:
         for file, classes in table.items():
             if name.removeprefix("Fused") in classes and name.startswith("Fused"):
                 importlib.import_module(f"{MODELS}.{file}")
