@@ -330,3 +330,16 @@ def test_gradient_checkpointing() -> None:
     model.model.gradient_checkpointing_enable()
     for key, value in forward_backward(model, hugging.pixels()).items():
         torch.testing.assert_close(value, expected[key], msg=lambda m, key=key: f"{key}: {m}")
+
+
+def test_eager_attention_knows_no_causal_flag() -> None:
+    model = hugging.vit()
+    tokens, layer = hugging.normal(2, 37, 96), attentions(model)[0]
+    for implementation in ("eager", "sdpa"):
+        unswap(model)
+        model.model.set_attn_implementation(implementation)
+        expected = layer(tokens, is_causal=True)[0]
+        swap(model)
+        torch.testing.assert_close(layer(tokens, is_causal=True)[0], expected, rtol=1e-4, atol=1e-4)
+        differs = (expected - layer(tokens, is_causal=False)[0]).abs().max() > 0.01
+        assert differs == (implementation == "sdpa")
