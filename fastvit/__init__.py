@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastvit.adapters import register_swap
+from fastvit.adapters import register_swap, register_transformers
 from fastvit.ops import attention, attention_qkvpacked, backend, patch_embed, scaled_dot_product_attention
 from fastvit.swap import SwapReport, swap, unswap
 from fastvit.version import __version__
@@ -15,6 +15,7 @@ __all__ = [
     "backend",
     "patch_embed",
     "register_swap",
+    "register_transformers",
     "scaled_dot_product_attention",
     "swap",
     "unswap",

@@ -8,6 +8,7 @@ torch.compile and torch.export keep working, and ``isinstance`` stays true.
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,8 +24,11 @@ FUSED, ALREADY_FUSED, LEFT_ALONE, RESTORED = "fused", "already fused", "left alo
 
 # What a person would call an attention layer or a patch embedding by its class name.
 LOOKS_LIKE_ONE = re.compile(r"attention|attn|patch_?embed|hybrid_?embed", re.IGNORECASE)
+ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 # Modules whose names differ in such a number only share a line of the table.
 NUMBER = re.compile(r"(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])")
+# The name by which transformers' models can run our attention without a swap (fastvit.register_transformers).
+TRANSFORMERS_NAME = "fastvit"
 # A patch embedding without a module of its own is a convolution that steps by its kernel; 2×2 ones shrink feature maps.
 SMALLEST_PATCH = 4
 
@@ -101,7 +105,7 @@ def swap(model: nn.Module, *, backend: str | None = None, strict: bool = False) 
     for module, row in plan:
         if row.action == FUSED:
             module.__class__ = table[type(module)]
-        if row.action in (FUSED, ALREADY_FUSED):
+        if row.action in (FUSED, ALREADY_FUSED) and isinstance(module, FusedForward):
             _set_backend(module, backend)
     return report
 
@@ -141,6 +145,8 @@ def _plan(model: nn.Module, table: SwapTable, backend: str | None) -> Iterator[t
         if isinstance(module, FusedForward):
             notes = ([] if kind in originals else ["built with fastvit.modules"]) + kind.fastvit_fallbacks(module)
             row = SwapRow(path, originals.get(kind, kind).__name__, ALREADY_FUSED, "; ".join(notes), shown)
+        elif _runs_by_name(module, table):
+            row = SwapRow(path, kind.__name__, ALREADY_FUSED, f"attn_implementation='{TRANSFORMERS_NAME}'", "automatic")
         elif kind in table and not (obstacles := table[kind].fastvit_obstacles(module)):
             notes = table[kind].fastvit_fallbacks(module)
             row = SwapRow(path, kind.__name__, FUSED, "; ".join(notes), shown)
@@ -160,9 +166,7 @@ def _why_left_alone(module: nn.Module, table: SwapTable) -> str | None:
     if base := next((original for original in kind.__mro__ if original in table), None):
         return f"a subclass of {base.__name__} that may compute something else; only that exact class is swapped"
     if isinstance(module, nn.Conv2d):
-        is_patching = module.stride == module.kernel_size and min(module.kernel_size) >= SMALLEST_PATCH
-        is_patching = is_patching and module.padding in ((0, 0), "valid") and module.groups == 1
-        return "a patch embedding outside a module that fastvit knows" if is_patching else None
+        return "a patch embedding outside a module that fastvit knows" if _is_patching(module) else None
     # The innermost module of that name is the layer; one around it is a block, a wrapper or a whole model.
     if not hasattr(module, "fused_attn") and (
         not LOOKS_LIKE_ONE.search(kind.__name__)
@@ -174,7 +178,23 @@ def _why_left_alone(module: nn.Module, table: SwapTable) -> str | None:
 
 def _is_a_layer(module: nn.Module, table: SwapTable) -> bool:
     named_so = hasattr(module, "fused_attn") or bool(LOOKS_LIKE_ONE.search(type(module).__name__))
-    return named_so or isinstance(module, (FusedForward, *table))
+    return named_so or isinstance(module, (FusedForward, *table)) or _is_patching(module)
+
+
+def _is_patching(module: nn.Module) -> bool:
+    if not isinstance(module, nn.Conv2d) or module.stride != module.kernel_size:
+        return False
+    return min(module.kernel_size) >= SMALLEST_PATCH and module.padding in ((0, 0), "valid") and module.groups == 1
+
+
+def _runs_by_name(module: nn.Module, table: SwapTable) -> bool:
+    """Return whether transformers calls our attention for this layer, of any class, because its config says so."""
+    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    # A file of models that asks the interface has an eager function as its default.
+    asks = hasattr(sys.modules.get(type(module).__module__), "eager_attention_forward")
+    if implementation != TRANSFORMERS_NAME or not asks or not ATTENTION.search(type(module).__name__):
+        return False
+    return not any(_is_a_layer(child, table) for child in module.modules() if child is not module)
 
 
 def _set_backend(module: nn.Module, backend: str | None) -> None:
@@ -184,7 +204,8 @@ def _set_backend(module: nn.Module, backend: str | None) -> None:
 
 
 def _remarks(backend: str | None, plan: list[tuple[nn.Module, SwapRow]], table: SwapTable) -> tuple[str, ...]:
-    fused = [module for module, row in plan if row.action in (FUSED, ALREADY_FUSED)]
+    # What transformers runs by name may be a class without an adapter, and says nothing about a typical call.
+    fused = [module for module, row in plan if row.action == FUSED or isinstance(module, FusedForward)]
     if not fused:
         return ()
     if asked := requested_backend(backend):

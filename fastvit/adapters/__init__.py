@@ -13,6 +13,7 @@ from fastvit.modules.fused import FusedForward
 ADAPTERS = {
     "timm.layers": "fastvit.adapters.timm_vit",
     "fastvit.models.vit": "fastvit.adapters.reference_vit",
+    "transformers.modeling_utils": "fastvit.adapters.transformers_models",
 }
 
 SwapTable = dict[type[nn.Module], type[FusedForward]]
@@ -46,5 +47,20 @@ def registered() -> SwapTable:
     """Return the table, with the adapters of the libraries that are imported by now."""
     for library, adapter in ADAPTERS.items():
         if library in sys.modules:
-            importlib.import_module(adapter)
+            loaded = importlib.import_module(adapter)
+            # A library with one file for each model is imported piece by piece, and so is its adapter.
+            getattr(loaded, "register_loaded", lambda: None)()
     return dict(_FUSED)
+
+
+def register_transformers() -> None:
+    """Make ``attn_implementation="fastvit"`` known to transformers, for models that are to run fused without a swap.
+
+    ``AutoModel.from_config(config, attn_implementation="fastvit")``, ``from_pretrained(…, attn_implementation=…)`` and
+    ``model.set_attn_implementation("fastvit")`` work from then on, with the masks that transformers makes for SDPA.
+    It imports transformers; ``fastvit.swap`` on a transformers model registers the name too.
+
+    Raises:
+        ImportError: transformers is missing.
+    """
+    importlib.import_module("fastvit.adapters.transformers_attention").register()

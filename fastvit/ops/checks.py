@@ -45,7 +45,8 @@ def check_scale(scale: float | None, head_dim: int) -> float:
         return head_dim**-0.5
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale: got {type(scale).__name__}; accepted are None (1/sqrt(head_dim)) and a number")
-    if not math.isfinite(scale) or scale < 0:
+    # Comparisons, not math.isfinite: in a graph with dynamic shapes a scale may be symbolic. NaN fails them.
+    if not 0 <= scale < math.inf:
         raise ValueError(f"scale: got {scale}; accepted are finite numbers >= 0 and None (1/sqrt(head_dim))")
     return float(scale)
 
