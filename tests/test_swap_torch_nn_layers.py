@@ -196,7 +196,7 @@ def test_what_is_left_alone_and_what_is_inside() -> None:
         ("2.self_attn", "fused"),
     ]
     assert report.rows[0].reason.startswith("a subclass of TransformerEncoderLayer")
-    assert report.rows[2].reason == "its self_attn is a OwnAttention"
+    assert report.rows[2].reason == "its self_attn is a tests.test_swap_torch_nn_layers.OwnAttention"
     assert report.rows[4].reason == "its forward was replaced on the instance"
     assert [type(layer) for layer in model] == [OwnLayer, nn.TransformerEncoderLayer, nn.TransformerEncoderLayer]
 

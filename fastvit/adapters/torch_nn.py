@@ -42,7 +42,7 @@ class FusedTransformerEncoderLayer(FusedForward, nn.TransformerEncoderLayer):
             return ["its forward was replaced on the instance"]
         attention = module._modules.get("self_attn")
         if attention is None or type(attention) not in (nn.MultiheadAttention, FusedMultiheadAttention):
-            return [f"its self_attn is a {type(attention).__name__}"]
+            return [f"its self_attn is a {type(attention).__module__}.{type(attention).__qualname__}"]
         if FusedMultiheadAttention.fastvit_obstacles(attention):
             return ["its self_attn is left alone"]
         return []
