@@ -83,6 +83,7 @@ FORMS: dict[str, tuple[dict[str, Any], str, bool]] = {
     "memory, sequence first": ({"batch_first": False}, "memory", True),
     "memory, no batch, no bias": ({"bias": False}, "memory", False),
     "memory of another width": ({"kdim": 24, "vdim": 24}, "memory", True),
+    "query is key": ({}, "query is key", True),
     "all different": ({}, "different", True),
     "all different, sequence first": ({"batch_first": False, "add_bias_kv": True}, "different", True),
     "kdim and vdim": ({"kdim": 24, "vdim": 20}, "different", True),
@@ -98,6 +99,8 @@ def inputs(module: nn.MultiheadAttention, sharing: str, batched: bool) -> tuple[
     query = tokens(LENGTH, WIDTH, 1)
     if sharing == "self":
         return query, query, query
+    if sharing == "query is key":
+        return query, query, tokens(LENGTH, WIDTH, 3)
     key = tokens(KEYS, module.kdim, 2)
     return query, key, key if sharing == "memory" else tokens(KEYS, module.vdim, 3)
 
@@ -116,7 +119,8 @@ def test_every_call_form(form: str) -> None:
         return model(*(leaves[i] for i in order), need_weights=False, **call)[0]
 
     expected_op = PACKED if sharing == "self" and not ("bias_kv" in form or "zero_attn" in form) else SEPARATE
-    for name, call in masks(batched, LENGTH, LENGTH if sharing == "self" else KEYS).items():
+    seqlen_k = KEYS if sharing in ("memory", "different") else LENGTH
+    for name, call in masks(batched, LENGTH, seqlen_k).items():
         wide = {key: double(value) for key, value in call.items()}
         truth = step(functools.partial(run, exact, wide), exact, *map(double, distinct))
         own = torchs_own(lambda call=call: step(functools.partial(run, module, call), module, *distinct), truth)

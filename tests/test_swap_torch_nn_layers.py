@@ -112,6 +112,16 @@ def test_nested_tensors_are_still_made_of_padding() -> None:
     assert (fused(tokens(), src_key_padding_mask=PADDING)[PADDING] != 0).all()
 
 
+def test_a_sequence_of_padding_alone() -> None:
+    model, mask = encoder(), padding(12, 7, 0, 1)
+    fused = swapped(model)
+    for is_inference in (True, False):
+        with torch.set_grad_enabled(not is_inference):
+            expected, actual = (m(tokens(), src_key_padding_mask=mask) for m in (model, fused))
+        assert expected.isfinite().all()
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_layer_gets_a_nested_tensor_without_an_encoder() -> None:
     layer = lively(nn.TransformerEncoderLayer(**SIZES, batch_first=True)).requires_grad_(False)
     fused = swapped(layer)
@@ -338,3 +348,41 @@ def test_symbolic_tracing() -> None:
     traced = torch.fx.symbolic_trace(layer, concrete_args={"is_causal": False})
     torch.testing.assert_close(traced(tokens(), None, None), layer(tokens()))
     assert ops_run(lambda: traced(tokens(), None, None)) == {PACKED}
+
+
+@pytest.mark.parametrize("is_adapted_first", [False, True])
+def test_adapters_of_peft_count_in_every_mode(is_adapted_first: bool) -> None:
+    peft = pytest.importorskip("peft")
+    model = nn.Sequential(encoder(layers=1))
+    adapted = []
+    for is_swapped in (False, True):
+        one = copy.deepcopy(model)
+        if is_swapped and not is_adapted_first:
+            swap(one, strict=True)
+        torch.manual_seed(1)
+        targets = ["linear1"] if is_adapted_first else ["self_attn", "linear1"]
+        one = peft.get_peft_model(one, peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+        if is_swapped and is_adapted_first:
+            assert swap(one, strict=True).counts == {"fused": 2}
+        adapted.append(one)
+    plain, fused = adapted
+    expected = plain.train()(tokens())
+    for mode in (fused.train(), fused.eval()):
+        torch.testing.assert_close(mode(tokens()), expected, rtol=1e-4, atol=1e-4)
+        assert ops_run(lambda mode=mode: mode(tokens())) == {PACKED}
+    # torch's own inference path reads the weights behind the adapters' back; see FusedTransformerEncoderLayer.
+    with torch.no_grad():
+        assert (plain.eval()(tokens()) - expected).abs().max() > 0.1
+
+
+def test_quantised_linears_inside_keep_working() -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    model = encoder(layers=1, enable_nested_tensor=False)
+    models = [model, swapped(model)]
+    for one in models:
+        quantization.quantize_(one, quantization.Int8WeightOnlyConfig())
+    with torch.no_grad():
+        expected, actual = (one(tokens(), src_key_padding_mask=PADDING) for one in models)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+        assert (expected - encoder(layers=1)(tokens(), src_key_padding_mask=PADDING)).abs().max() > 1e-3
+        assert ops_run(lambda: models[1](tokens())) == {PACKED}

@@ -29,7 +29,8 @@ class FusedTransformerEncoderLayer(FusedForward, nn.TransformerEncoderLayer):
     """torch.nn.TransformerEncoderLayer after a swap: it calls ``self_attn`` in inference too.
 
     torch's forward hands the whole layer to one native op in eval without gradients, reading the weights of
-    ``self_attn`` and never calling it. This one is the computation that torch runs in every other mode.
+    ``self_attn`` and never calling it. This one is the computation that torch runs in every other mode, so whatever
+    replaces or adapts a child (peft's LoRA) counts in inference too, where torch's path passes it by.
     """
 
     fastvit_kind = "encoder layer"
