@@ -18,8 +18,8 @@ from fastvit.swap import swap, unswap
 from tests.swapping import PACKED, SEPARATE, normal, ops_run, state
 from tests.torch_paths import check, double, lively, step, torchs_own
 
-BATCH, LENGTH, MEMORY, WIDTH, HEADS = 4, 12, 9, 32, 4
-SIZES = {"d_model": WIDTH, "nhead": HEADS, "dim_feedforward": 48}
+BATCH, LENGTH, MEMORY, WIDTH, HEADS = 4, 12, 9, 96, 4
+SIZES = {"d_model": WIDTH, "nhead": HEADS, "dim_feedforward": 128}
 
 
 @pytest.fixture(autouse=True)
