@@ -22,7 +22,7 @@ vision_transformer = pytest.importorskip("torchvision.models.vision_transformer"
 # The real class in the shapes of the named models: patch 16 at 224 pixels, and head_dim 64 with patch 14.
 BASE_16 = {"image_size": 224, "patch_size": 16, "num_layers": 2, "num_heads": 3, "hidden_dim": 96, "mlp_dim": 192}
 LARGE_14 = {"image_size": 56, "patch_size": 14, "num_layers": 3, "num_heads": 4, "hidden_dim": 256, "mlp_dim": 512}
-TINY = {"image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 64}
+TINY = {"image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 2, "hidden_dim": 96, "mlp_dim": 128}
 STEM = [
     vision_transformer.ConvStemConfig(out_channels=16, kernel_size=3, stride=2),
     vision_transformer.ConvStemConfig(out_channels=24, kernel_size=3, stride=2),
