@@ -29,8 +29,6 @@ ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 NUMBER = re.compile(r"(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])")
 # The name by which transformers' models can run our attention without a swap (fastvit.register_transformers).
 TRANSFORMERS_NAME = "fastvit"
-# A patch embedding without a module of its own is a convolution that steps by its kernel; 2×2 ones shrink feature maps.
-SMALLEST_PATCH = 4
 
 
 @dataclass(frozen=True)
@@ -140,7 +138,7 @@ def _plan(model: nn.Module, table: SwapTable, backend: str | None) -> Iterator[t
     handled: set[int] = set()
     for name, module in model.named_modules():
         kind, path = type(module), name or "(root)"
-        if id(module) in handled:
+        if id(module) in handled or (kind in table and not table[kind].fastvit_recognises(module)):
             continue
         if isinstance(module, FusedForward):
             notes = ([] if kind in originals else ["built with fastvit.modules"]) + kind.fastvit_fallbacks(module)
@@ -157,16 +155,16 @@ def _plan(model: nn.Module, table: SwapTable, backend: str | None) -> Iterator[t
         else:
             continue
         # Children of a layer are part of it: proj of a PatchEmbed is no second patch embedding.
-        handled.update(id(child) for child in module.modules())
+        if not _is_container(module, table):
+            handled.update(id(child) for child in module.modules())
         yield module, row
 
 
 def _why_left_alone(module: nn.Module, table: SwapTable) -> str | None:
     kind = type(module)
-    if base := next((original for original in kind.__mro__ if original in table), None):
+    base = next((original for original in kind.__mro__ if original in table), None)
+    if base and table[base].fastvit_recognises(module):
         return f"a subclass of {base.__name__} that may compute something else; only that exact class is swapped"
-    if isinstance(module, nn.Conv2d):
-        return "a patch embedding outside a module that fastvit knows" if _is_patching(module) else None
     # The innermost module of that name is the layer; one around it is a block, a wrapper or a whole model.
     if not hasattr(module, "fused_attn") and (
         not LOOKS_LIKE_ONE.search(kind.__name__)
@@ -178,13 +176,16 @@ def _why_left_alone(module: nn.Module, table: SwapTable) -> str | None:
 
 def _is_a_layer(module: nn.Module, table: SwapTable) -> bool:
     named_so = hasattr(module, "fused_attn") or bool(LOOKS_LIKE_ONE.search(type(module).__name__))
-    return named_so or isinstance(module, (FusedForward, *table)) or _is_patching(module)
+    if named_so or isinstance(module, FusedForward):
+        return True
+    return any(
+        isinstance(module, original) and fused.fastvit_recognises(module) and not fused.fastvit_obstacles(module)
+        for original, fused in table.items()
+    )
 
 
-def _is_patching(module: nn.Module) -> bool:
-    if not isinstance(module, nn.Conv2d) or module.stride != module.kernel_size:
-        return False
-    return min(module.kernel_size) >= SMALLEST_PATCH and module.padding in ((0, 0), "valid") and module.groups == 1
+def _is_container(module: nn.Module, table: SwapTable) -> bool:
+    return any(isinstance(module, original) and fused.fastvit_container for original, fused in table.items())
 
 
 def _runs_by_name(module: nn.Module, table: SwapTable) -> bool:

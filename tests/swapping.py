@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -54,3 +56,12 @@ def state(model: nn.Module) -> tuple[Any, ...]:
     attributes = [(name, sorted(module.__dict__), module.training) for name, module in model.named_modules()]
     parameters = [(name, id(parameter), parameter.requires_grad) for name, parameter in model.named_parameters()]
     return list(model.state_dict()), parameters, [id(module) for module in model.modules()], attributes
+
+
+def run_python(program: str, *arguments: object) -> str:
+    """Return what a fresh interpreter prints."""
+    finished = subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True, timeout=240, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout

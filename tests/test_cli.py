@@ -203,6 +203,12 @@ class TestDemo:
         assert [one["name"] for one in figures["times"]] == ["whole model", "patch embedding"]
         assert "no picture of the attention" in capsys.readouterr().out
 
+    def test_a_model_with_a_bare_patch_convolution(self, tmp_path: Path) -> None:
+        status, figures = run_demo(tmp_path, "--model", "convnext_atto", "--repeats", "1")
+        assert status == 0
+        assert [(row["name"], row["action"]) for row in figures["swap"]] == [("stem.0", "fused")]
+        assert [one["name"] for one in figures["times"]] == ["whole model", "patch embedding"]
+
 
 def demo_arguments(model: str) -> Any:
     return _parser().parse_args(["demo", "--model", model])

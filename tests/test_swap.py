@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +18,18 @@ from fastvit.models import vit
 from fastvit.modules.attention import FusedAttentionForward
 from fastvit.swap import SwapReport, swap, unswap
 from fastvit.testing import compare
-from tests.swapping import PACKED, PATCHES, SEPARATE, forward_backward, images, livened, normal, ops_run, state
+from tests.swapping import (
+    PACKED,
+    PATCHES,
+    SEPARATE,
+    forward_backward,
+    images,
+    livened,
+    normal,
+    ops_run,
+    run_python,
+    state,
+)
 
 timm = pytest.importorskip("timm")
 layers = pytest.importorskip("timm.layers")
@@ -333,14 +342,6 @@ def test_deepcopy() -> None:
     assert type(model.patch_embed) is not layers.PatchEmbed
 
 
-def run_python(program: str, *arguments: object) -> str:
-    finished = subprocess.run(
-        [sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True, timeout=240, check=False
-    )
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout
-
-
 def test_pickle_into_a_fresh_interpreter(tmp_path: Path) -> None:
     model = tiny()
     swap(model, backend="reference")
@@ -533,18 +534,6 @@ def test_other_models_report_every_layer(name: str, options: dict, fused: dict, 
         found = [row.original_type for row in rows]
         assert {kind: found.count(kind) for kind in found} == expected
     assert all(row.reason for row in report.left_alone)
-
-
-def test_torchvision_is_reported() -> None:
-    torchvision = pytest.importorskip("torchvision")
-    with torch.device("meta"):
-        model = torchvision.models.vit_b_16()
-    report = swap(model)
-    assert not report.swapped
-    assert "encoder.layers.encoder_layer_0-11.self_attention ×12  MultiheadAttention -> left alone" in str(report)
-    assert sorted(row.original_type for row in report.left_alone) == ["Conv2d"] + ["MultiheadAttention"] * 12
-    with pytest.raises(ValueError, match=r"^strict"):
-        swap(model, strict=True)
 
 
 def test_swin_patch_embedding_keeps_its_layout() -> None:

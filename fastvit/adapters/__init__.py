@@ -11,6 +11,7 @@ from fastvit.modules.fused import FusedForward
 
 # Libraries are never imported for their own sake: a model that holds their modules has imported them already.
 ADAPTERS = {
+    "torch.nn": "fastvit.adapters.torch_nn",
     "timm.layers": "fastvit.adapters.timm_vit",
     "fastvit.models.vit": "fastvit.adapters.reference_vit",
     "transformers.modeling_utils": "fastvit.adapters.transformers_models",

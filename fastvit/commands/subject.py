@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from fastvit.commands import BadInputError
 from fastvit.commands.pictures import crop, load_photograph
 from fastvit.kernels.spec import AttentionSpec, PatchEmbedSpec, Spec
-from fastvit.modules.fused import FusedForward
 from fastvit.ops.backends import explain
 from fastvit.swap import SwapReport, swap
 
@@ -177,7 +176,11 @@ def receive(subject: Subject) -> None:
         subject.specs["attention"] = _attention_spec(subject.qkv)
     if subject.patch_embed is not None:
         subject.patch_call = calls["patch_embed"]
-        images, weight = subject.patch_call[0][0], subject.original.get_submodule(subject.patch_embed).proj.weight
+        layer = subject.original.get_submodule(subject.patch_embed)
+        images, weight = (
+            subject.patch_call[0][0],
+            getattr(layer, "proj", layer).weight,
+        )  # a bare convolution has its own
         sizes = (*images.shape, *weight.shape[2:], weight.shape[0], images.dtype, images.device)
         subject.specs["patch_embed"] = PatchEmbedSpec(*sizes)
 
@@ -191,7 +194,7 @@ def _name_layers(subject: Subject) -> None:
     for row in subject.report.swapped:
         name = "" if row.name == "(root)" else row.name
         layer = subject.swapped.get_submodule(name)
-        if isinstance(layer, FusedForward) and layer.fastvit_kind == "attention":
+        if layer.fastvit_kind == "attention" and hasattr(layer, "qkv"):
             subject.attention = name
-        elif isinstance(layer, FusedForward) and subject.patch_embed is None:
+        elif layer.fastvit_kind == "patch embedding" and subject.patch_embed is None:
             subject.patch_embed = name

@@ -20,7 +20,14 @@ class FusedForward(nn.Module):
     """
 
     fastvit_kind: ClassVar[str]
+    # A layer around other layers, whose children have rows and classes of their own.
+    fastvit_container: ClassVar[bool] = False
     _fastvit_backend: str | None = None
+
+    @classmethod
+    def fastvit_recognises(cls, module: nn.Module) -> bool:
+        """Return whether an instance of the plain class is such a layer: not every convolution embeds patches."""
+        return True
 
     @classmethod
     def fastvit_obstacles(cls, module: nn.Module) -> list[str]:

@@ -20,7 +20,7 @@ FORMATS = ("NCHW", "NHWC", "NCL", "NLC")
 
 
 @torch.fx.wrap
-def _embed(images: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None) -> Tensor:
+def embed_grid(images: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None) -> Tensor:
     """Return the grid of tokens [B, H / Ph, W / Pw, D]; like conv2d, drop pixels beyond the last whole patch."""
     height, width = images.shape[2:]
     patch_height, patch_width = weight.shape[2:]
@@ -91,7 +91,7 @@ class FusedPatchEmbedForward(FusedForward):
         return PatchEmbedSpec(1, proj.in_channels, *size, proj.out_channels, dtype, device)
 
     def _embed_grid(self, images: Tensor) -> Tensor:
-        return _embed(images, self.proj.weight, self.proj.bias, self._fastvit_backend)
+        return embed_grid(images, self.proj.weight, self.proj.bias, self._fastvit_backend)
 
     def _check_size(self, height: int, width: int) -> None:
         if self.img_size is None:
