@@ -43,9 +43,9 @@ class FusedAttentionForward(FusedForward):
     """The fused forward of a self-attention module, for any class with ``qkv``, ``proj`` and ``num_heads``.
 
     ``qkv`` writes query, key and value in this order, each as num_heads × head_dim; ``head_dim`` is a third of its
-    width over ``num_heads`` unless the class says otherwise, and ``scale`` 1/√head_dim. Optional children are used where
-    they exist: q_norm, k_norm, attn_drop, softmax, norm, gate, proj_drop. Without q_norm and k_norm the op reads query,
-    key and value where ``qkv`` wrote them and writes what ``proj`` reads.
+    width over ``num_heads`` unless the class says otherwise, and ``scale`` 1/√head_dim. Optional children are used
+    where they exist: q_norm, k_norm, attn_drop, softmax, norm, gate, proj_drop. Without q_norm and k_norm the op reads
+    query, key and value where ``qkv`` wrote them and writes what ``proj`` reads.
 
     For a class of that shape ``class Fused(FusedAttentionForward, Plain): pass`` is a whole adapter, to be handed to
     :func:`fastvit.register_swap`; an instance with further parameters, buffers or children is left alone.
