@@ -50,6 +50,8 @@ _TIMM = {
     "layers.non_local_attn.BatNonLocalAttn": GATED,
     "layers.non_local_attn.BilinearAttnTransform": GATED,
     "layers.non_local_attn.NonLocalAttn": FEATURE_MAP,
+    "layers.other_pool.SimPool1d": "a mean query looks at all tokens: it has no adapter yet",
+    "layers.other_pool.SimPool2d": FEATURE_MAP,
     "layers.selective_kernel.SelectiveKernelAttn": GATED,
     "layers.split_attn.SplitAttn": GATED,
     "models.cait.TalkingHeadAttn": MIXED_HEADS,

@@ -82,9 +82,9 @@ class FusedAttentionForward(FusedForward):
     @classmethod
     def fastvit_head_dim(cls, module: nn.Module) -> int:
         """Return the width of one head: the module's own word for it, or a third of ``qkv`` over the heads."""
-        given = getattr(module, "head_dim", None)
-        qkv, heads = cast(nn.Linear, module.qkv), cast(int, module.num_heads)
-        return cast(int, given) if given is not None else qkv.out_features // (3 * heads)
+        if (given := getattr(module, "head_dim", None)) is not None:
+            return cast(int, given)
+        return cast(nn.Linear, module.qkv).out_features // (3 * cast(int, module.num_heads))
 
     @classmethod
     def fastvit_fallbacks(cls, module: nn.Module) -> list[str]:
