@@ -107,17 +107,9 @@ DINOS = ["dinov2", "dinov3"]
 def dino(version: str, **options: Any) -> nn.Module:
     """Return a small model of the repository, with registers and, for dinov3, a masked key bias."""
     file = module_of(f"{version}.models.vision_transformer")
-    sizes: dict[str, Any] = {
-        "img_size": 64,
-        "patch_size": 16,
-        "embed_dim": 192,
-        "depth": 2,
-        "num_heads": 3,
-        "ffn_ratio": 2,
-    }
+    sizes: dict[str, Any] = {"img_size": 64, "patch_size": 16, "embed_dim": 192, "depth": 2, "num_heads": 3}
     torch.manual_seed(0)
     if version == "dinov2":
-        sizes["mlp_ratio"] = sizes.pop("ffn_ratio")
         block = module_of("dinov2.layers").NestedTensorBlock
         attention = module_of("dinov2.layers").MemEffAttention
         options = {"num_register_tokens": 2, "init_values": 1.0, "block_chunks": 0, **options}

@@ -149,6 +149,16 @@ def test_export_with_a_dynamic_batch(subject: str) -> None:
 
 
 @subjects
+def test_symbolic_tracing(subject: str) -> None:
+    model = SUBJECTS[subject][0]()
+    swap(model)
+    traced = torch.fx.symbolic_trace(model)
+    with torch.no_grad():
+        torch.testing.assert_close(traced(images()), model(images()))
+        assert ops_run(lambda: traced(images())) & OURS
+
+
+@subjects
 def test_deepcopy_and_pickle(subject: str) -> None:
     make, path = SUBJECTS[subject]
     model = make()

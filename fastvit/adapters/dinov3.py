@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import torch
 from dinov3.layers.attention import CausalSelfAttention, SelfAttention
 from dinov3.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 
 from fastvit.adapters import register_swap
-from fastvit.kernels.spec import AttentionSpec
-from fastvit.modules.attention import FusedAttentionForward, _attend, _attend_packed
-from fastvit.modules.fused import FusedForward, has_hooks
+from fastvit.modules.attention import FusedAttentionForward
+from fastvit.modules.fused import has_hooks
 from fastvit.modules.patch_embed import FusedPatchEmbedForward
 
 PARTS = frozenset({"qkv", "attn_drop", "proj", "proj_drop"})
 
 
-class FusedSelfAttention(FusedForward, SelfAttention):
+class FusedSelfAttention(FusedAttentionForward, SelfAttention):
     """dinov3.layers.attention.SelfAttention after a swap.
 
     Only ``compute_attention`` is replaced, which the class's own ``forward`` and ``forward_list`` call: the
@@ -26,14 +24,15 @@ class FusedSelfAttention(FusedForward, SelfAttention):
     ``attn_drop`` that it never applies.
     """
 
-    fastvit_kind = "attention"
-    qkv: Any
-    num_heads: int
+    fastvit_parts = PARTS
+    # Its scale is the one of torch's function.
+    fused_attn = True
+    forward = SelfAttention.forward  # type: ignore[assignment]
 
     @classmethod
     def fastvit_obstacles(cls, module: nn.Module) -> list[str]:
         """Return why ``module`` cannot take this forward at all; empty means that it can."""
-        obstacles = _SelfAttentionShape.fastvit_obstacles(module)
+        obstacles = super().fastvit_obstacles(module)
         if "compute_attention" in module.__dict__:
             obstacles.append("its compute_attention was replaced on the instance")
         return obstacles
@@ -45,11 +44,6 @@ class FusedSelfAttention(FusedForward, SelfAttention):
         notes = ["dinov3 never applies attn_drop"] if drop.p > 0 else []
         return [*notes, "dinov3 never calls attn_drop, so that hook stays silent"] if has_hooks(drop) else notes
 
-    @classmethod
-    def fastvit_spec(cls, module: nn.Module, dtype: torch.dtype, device: torch.device) -> AttentionSpec:
-        """Return a self-attention of 14×14 patches and a class token."""
-        return _SelfAttentionShape.fastvit_spec(module, dtype, device)
-
     def compute_attention(self, qkv: Tensor, attn_bias: Any = None, rope: Any = None) -> Tensor:
         """Return the heads [B, N, dim] of a packed projection [B, N, 3 dim], its query and key rotated by ``rope``.
 
@@ -57,23 +51,20 @@ class FusedSelfAttention(FusedForward, SelfAttention):
             AssertionError: ``attn_bias`` is not None, as in the plain class.
         """
         if attn_bias is not None:
-            return cast(Tensor, super().compute_attention(qkv, attn_bias=attn_bias, rope=rope))
+            return cast(Tensor, SelfAttention.compute_attention(self, qkv, attn_bias=attn_bias, rope=rope))
         packed = qkv.unflatten(-1, (3, self.num_heads, -1))  # [B, N, 3, H, D]
         if rope is None:
-            return _attend_packed(packed, None, False, None, self._fastvit_backend).flatten(2)
+            return self._attend_packed(packed).flatten(2)
         query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, H, N, D]
         query, key = SelfAttention.apply_rope(self, query, key, rope)
-        return _attend(query, key, value, None, False, None, self._fastvit_backend).flatten(2)
-
-
-class _SelfAttentionShape(FusedAttentionForward):
-    fastvit_parts = PARTS
+        return self._attend(query, key, value).flatten(2)
 
 
 class FusedCausalSelfAttention(FusedAttentionForward, CausalSelfAttention):
     """dinov3.layers.attention.CausalSelfAttention after a swap; its ``attn_drop`` is a probability and no module."""
 
     fastvit_parts = PARTS - {"attn_drop"}
+    fused_attn = True
     attn_drop: Any
 
     @classmethod
@@ -89,7 +80,7 @@ class FusedCausalSelfAttention(FusedAttentionForward, CausalSelfAttention):
             return cast(Tensor, CausalSelfAttention.forward(self, x, is_causal))
         batch, seqlen, _ = x.shape
         packed = self.qkv(x).reshape(batch, seqlen, 3, self.num_heads, self.fastvit_head_dim(self))
-        return self._finish(_attend_packed(packed, None, is_causal, None, self._fastvit_backend))
+        return self._finish(self._attend_packed(packed, None, is_causal))
 
 
 class FusedPatchEmbed(FusedPatchEmbedForward, PatchEmbed):

@@ -13,7 +13,7 @@ from open_clip.transformer import Attention
 from torch import Tensor, nn
 
 from fastvit.adapters import register_swap
-from fastvit.modules.attention import FusedAttentionForward, _attend, _attend_packed, _is_no_op
+from fastvit.modules.attention import FusedAttentionForward, _is_no_op
 
 PROJECTIONS = frozenset({"in_proj_weight", "in_proj_bias", "out_proj", "out_drop", "attn_drop"})
 PARTS = PROJECTIONS | {"ln_q", "ln_k", "ln_inner", "logit_scale", "head_scale"}
@@ -76,11 +76,10 @@ class FusedAttention(FusedAttentionForward, Attention):
         qkv = qkv.reshape(batch, seqlen, 3, self.num_heads, self.head_dim)
         bias = None if attn_mask is None else self._as_bias(attn_mask, qkv)
         if _is_no_op(self.ln_q) and _is_no_op(self.ln_k):
-            heads = _attend_packed(qkv, bias, False, None, self._fastvit_backend)
+            heads = self._attend_packed(qkv, bias)
         else:
             query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, H, N, D]
-            query, key = self.ln_q(query), self.ln_k(key)
-            heads = _attend(query, key, value, bias, False, None, self._fastvit_backend)
+            heads = self._attend(self.ln_q(query), self.ln_k(key), value, bias)
         if self.head_scale is not None:
             heads = heads * self.head_scale.transpose(0, 1)  # [1, H, 1]: the heads here are [B, N, H, D]
         return cast(Tensor, self.out_drop(self.out_proj(self.ln_inner(heads.flatten(2)))))

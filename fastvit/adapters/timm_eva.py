@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastvit.adapters import register_swap
 from fastvit.adapters.timm_vit import TimmAttentionForward
-from fastvit.modules.attention import CHILDREN, FusedAttentionForward, _attend
+from fastvit.modules.attention import CHILDREN, FusedAttentionForward
 from fastvit.modules.fused import has_hooks
 
 SPLIT_BIAS = frozenset({"q_bias", "k_bias", "v_bias"})
@@ -98,11 +98,10 @@ class RotaryForward(TimmAttentionForward):
         query, key = self.q_norm(query), self.k_norm(key)
         if rope is not None:
             query, key = self._rotate(query, rope, value.dtype), self._rotate(key, rope, value.dtype)
-        if key.shape[1] != self.num_heads:
+        if (groups := getattr(self, "num_kv_groups", 1)) > 1:
             # The op has one key for each query head, so grouped keys and values are repeated, as in timm.
-            groups = self.num_heads // key.shape[1]
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-        return _attend(query, key, value, bias, is_causal, self._softmax_scale(), self._fastvit_backend)
+        return self._attend(query, key, value, bias, is_causal)
 
     def forward(  # type: ignore[override]
         self,
@@ -169,8 +168,9 @@ class FusedBeitAttention(SplitBiasForward, BeitAttention):
         Returns:
             [B, N, dim].
         """
-        wants_grad = [bias for bias in (self.relative_position_bias_table, shared_rel_pos_bias) if bias is not None]
-        if torch.is_grad_enabled() and any(bias.requires_grad for bias in wants_grad):
+        biases = (self.relative_position_bias_table, shared_rel_pos_bias)
+        # In a symbolic trace they are proxies, which cannot say; there the op itself raises if a gradient is wanted.
+        if torch.is_grad_enabled() and any(isinstance(bias, Tensor) and bias.requires_grad for bias in biases):
             reason: str | None = "the relative position bias requires grad, which has no kernel yet"
         else:
             reason = self._why_plain(None, False)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastvit.adapters import register_swap
 from fastvit.adapters.timm_vit import TimmAttentionForward
 from fastvit.kernels.spec import MAX_HEAD_DIM, AttentionSpec
-from fastvit.modules.attention import FusedAttentionForward, _attend
+from fastvit.modules.attention import FusedAttentionForward
 from fastvit.modules.fused import has_own_forward, strangers
 
 LATENT_PARTS = frozenset({"latent", "pos_embed", "q", "kv", "q_norm", "k_norm", "proj", "proj_drop", "norm", "mlp"})
@@ -66,7 +66,7 @@ class FusedAttentionPoolLatent(FusedAttentionForward, AttentionPoolLatent):
             self.kv(x).reshape(batch, seqlen, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         )
         query, key = self.q_norm(query), self.k_norm(key)
-        heads = _attend(query, key, value, attn_mask, False, self._softmax_scale(), self._fastvit_backend)
+        heads = self._attend(query, key, value, attn_mask)
         # Here `norm` belongs to the mlp, unlike in the other attentions.
         x = self.proj_drop(self.proj(heads.flatten(2)))
         if self.mlp is not None:
@@ -113,7 +113,7 @@ class FusedClassAttn(TimmAttentionForward, ClassAttn):
         split = (self.num_heads, dim // self.num_heads)
         query = self.q(x[:, 0]).reshape(batch, 1, *split).transpose(1, 2)
         key, value = (part(x).reshape(batch, seqlen, *split).transpose(1, 2) for part in (self.k, self.v))
-        heads = _attend(query, key, value, None, False, self._softmax_scale(), self._fastvit_backend)
+        heads = self._attend(query, key, value)
         return cast(Tensor, self.proj_drop(self.proj(heads.flatten(2))))
 
 

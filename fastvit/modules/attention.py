@@ -148,13 +148,22 @@ class FusedAttentionForward(FusedForward):
 
     def _attend_projected(self, qkv: Tensor, bias: Tensor | None, is_causal: bool) -> Tensor:
         """Return the heads [B, N, H, D] of a packed projection [B, N, 3, H, D], normalised per head where asked."""
-        scale, backend = self._softmax_scale(), self._fastvit_backend
         q_norm, k_norm = getattr(self, "q_norm", None), getattr(self, "k_norm", None)
         if _is_no_op(q_norm) and _is_no_op(k_norm):
-            return _attend_packed(qkv, bias, is_causal, scale, backend)
+            return self._attend_packed(qkv, bias, is_causal)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, H, N, D]
-        query, key = self.q_norm(query), self.k_norm(key)
-        return _attend(query, key, value, bias, is_causal, scale, backend)
+        return self._attend(self.q_norm(query), self.k_norm(key), value, bias, is_causal)
+
+    # Methods, because torch.fx.wrap covers a function only where it is called by this module's own name for it.
+    def _attend_packed(self, qkv: Tensor, bias: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Return the heads [B, N, H, D] of a packed projection [B, N, 3, H, D]."""
+        return _attend_packed(qkv, bias, is_causal, self._softmax_scale(), self._fastvit_backend)
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """Return the heads [B, Nq, H, D] of query, key and value [B, H, N, D]."""
+        return _attend(query, key, value, bias, is_causal, self._softmax_scale(), self._fastvit_backend)
 
     def _finish(self, heads: Tensor, gate: Tensor | None = None) -> Tensor:
         """Return what the output projection makes of the heads [B, N, H, D]."""
