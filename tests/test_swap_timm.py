@@ -107,7 +107,10 @@ def grads_of(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return {"logits": logits.detach(), **dict(zip(used, grads, strict=True))}
 
 
-@pytest.mark.parametrize("options", [{}, {"use_shared_rel_pos_bias": True, "use_rel_pos_bias": False}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_shared_rel_pos_bias": True, "use_rel_pos_bias": False}, {"use_shared_rel_pos_bias": True}],
+)
 @pytest.mark.parametrize("frozen", [True, False])
 def test_beit_is_fused_where_its_bias_needs_no_gradient(options: dict, frozen: bool) -> None:
     model = frozen_beit(**options)
@@ -122,7 +125,9 @@ def test_beit_is_fused_where_its_bias_needs_no_gradient(options: dict, frozen: b
         assert (without(images(4)) - own["logits"]).abs().max() > 0.01
     report = swap(model)
     assert report.counts == {"fused": 2}
-    assert ("relative_position_bias_table requires grad" in str(report)) == (not frozen and not options)
+    assert ("relative_position_bias_table requires grad" in str(report)) == (
+        not frozen and options.get("use_rel_pos_bias", True)
+    )
     mine: dict[str, Tensor] = {}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -204,6 +209,19 @@ def test_masks_of_rotary_attention(name: str) -> None:
         torch.autograd.grad(actual.sum(), learned)[0], torch.autograd.grad(expected[-1].sum(), learned)[0]
     )
     assert "_fastvit_warned" in attention.__dict__
+
+
+def test_rotary_queries_wider_than_the_values() -> None:
+    model = build(DINOV3, **{**SMALL, "embed_dim": 192, "num_heads": 3}).to(torch.bfloat16)
+    attention = model.blocks[0].attn
+    for norm in (attention.q_norm, attention.k_norm):
+        norm.register_forward_hook(lambda _, args, out: out.to(torch.promote_types(out.dtype, torch.float32)))
+    x, rope = normal(2, 21, 192).to(torch.bfloat16), normal(16, 128, seed=4)
+    truth, own = copy.deepcopy(attention).double()(x.double(), rope=rope.double()), attention(x, rope=rope)
+    swap(model)
+    assert ops_run(lambda: attention(x, rope=rope)) == {SEPARATE}
+    comparison = compare(attention(x, rope=rope), truth, own)
+    assert comparison.passed, comparison
 
 
 def test_a_hook_on_a_qkv_that_timm_does_not_call_is_reported() -> None:
