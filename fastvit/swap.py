@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from fastvit.adapters import SwapTable, registered
+from fastvit.adapters import SwapTable, original_classes, registered
+from fastvit.adapters.reasons import why_not_fused
 from fastvit.kernels.spec import Spec
 from fastvit.modules.fused import ADDED_ATTRIBUTES, FusedForward
 from fastvit.ops.backends import AUTOMATIC_ORDER, BACKENDS, automatic_order, check_backend_name, requested_backend
@@ -115,7 +116,7 @@ def unswap(model: nn.Module) -> SwapReport:
         TypeError: ``model`` is no module.
     """
     _check_model(model)
-    originals = {fused: original for original, fused in registered().items()}
+    originals = original_classes()
     rows = []
     for name, module in model.named_modules():
         if type(module) not in originals:
@@ -133,7 +134,7 @@ def _check_model(model: object) -> None:
 
 
 def _plan(model: nn.Module, table: SwapTable, backend: str | None) -> Iterator[tuple[nn.Module, SwapRow]]:
-    originals = {fused: original for original, fused in table.items()}
+    originals = original_classes()
     shown = backend or "automatic"
     handled: set[int] = set()
     for name, module in model.named_modules():
@@ -165,6 +166,8 @@ def _why_left_alone(module: nn.Module, table: SwapTable) -> str | None:
     base = next((original for original in kind.__mro__ if original in table), None)
     if base and table[base].fastvit_recognises(module):
         return f"a subclass of {base.__name__} that may compute something else; only that exact class is swapped"
+    if known := why_not_fused(kind):
+        return known
     # The innermost module of that name is the layer; one around it is a block, a wrapper or a whole model.
     if not hasattr(module, "fused_attn") and (
         not LOOKS_LIKE_ONE.search(kind.__name__)

@@ -23,7 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 import fastvit
 from fastvit.models import vit
 from fastvit.ops.sharding import PackedColwiseParallel
-from tests.swapping import PACKED, PATCHES, SEPARATE, images, livened, normal, ops_run
+from fastvit.testing import livened
+from tests.swapping import PACKED, PATCHES, SEPARATE, images, normal, ops_run
 
 HEADS, DEPTH, RANKS = 4, 2, 2
 

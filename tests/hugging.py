@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tests.swapping import forward_backward, livened, normal
+from fastvit.testing import livened
+from tests.swapping import forward_backward, normal
 
 DEPTH = 2
 WIDTH = {"hidden_size": 96, "num_hidden_layers": DEPTH, "num_attention_heads": 3, "intermediate_size": 192}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,20 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastvit.testing import livened
-
-__all__ = [
-    "PACKED",
-    "PATCHES",
-    "SEPARATE",
-    "forward_backward",
-    "images",
-    "livened",
-    "normal",
-    "ops_run",
-    "state",
-]
+from fastvit.swap import swap, unswap
+from fastvit.testing import compare
 
 PACKED, SEPARATE, PATCHES = "fastvit::attention_qkvpacked", "fastvit::attention", "fastvit::patch_embed"
 
@@ -65,3 +56,55 @@ def run_python(program: str, *arguments: object) -> str:
     )
     assert finished.returncode == 0, finished.stderr
     return finished.stdout
+
+
+def torchs_paths(model: nn.Module, x: Tensor) -> list[dict[str, Tensor]]:
+    """Return a training step by each of torch's own attention paths: its default, its math path, timm's written out."""
+    runs = [forward_backward(model, x)]
+    with sdpa_kernel(SDPBackend.MATH):
+        runs.append(forward_backward(model, x))
+    switched = [module for module in model.modules() if getattr(module, "fused_attn", None) is True]
+    for module in switched:
+        module.fused_attn = False
+    if switched:
+        runs.append(forward_backward(model, x))
+    for module in switched:
+        module.fused_attn = True
+    return runs
+
+
+def hold_the_rule(model: nn.Module, x: Tensor, fused: int, ops: set[str]) -> float:
+    """Swap ``model``, compare a training step with float64 under the rule, swap back, and return the worst ratio.
+
+    It also asserts that ``fused`` modules were swapped, that exactly these ops ran, that a state_dict loads strictly in
+    both directions, and that unswapping gives the same objects and, bit for bit, the same numbers.
+    """
+    twin = copy.deepcopy(model)
+    truth = forward_backward(copy.deepcopy(model).double(), x.double())
+    runs, before, kinds = torchs_paths(model, x), state(model), [type(module) for module in model.modules()]
+    assert swap(model).counts.get("fused", 0) == fused
+    assert state(model) == before
+    mine: dict[str, Tensor] = {}
+    assert ops_run(lambda: mine.update(forward_backward(model, x))) == ops
+    assert mine.keys() == truth.keys()
+    worst = 0.0
+    for key, exact in truth.items():
+        own = max((run[key] for run in runs), key=lambda run, exact=exact: (run.double() - exact).abs().max())
+        comparison = compare(mine[key], exact, own, key)
+        if key.endswith(".k.bias"):
+            # Softmax is blind to a bias of the keys, so its true gradient is 0 and every error is rounding alone: it is
+            # held to what the rule allows the weight of the same projection, a sum over the same tokens.
+            assert exact.abs().max() < 1e-15
+            weight = f"{key.removesuffix('bias')}weight"
+            assert comparison.error <= 2 * max((run[weight].double() - truth[weight]).abs().max() for run in runs)
+            continue
+        assert comparison.passed, comparison
+        worst = max(worst, comparison.ratio)
+    twin.load_state_dict(model.state_dict(), strict=True)
+    model.load_state_dict(twin.state_dict(), strict=True)
+    assert len(unswap(model).rows) == fused
+    assert [type(module) for module in model.modules()] == kinds
+    assert state(model) == before
+    restored = forward_backward(model, x)
+    assert all(torch.equal(restored[key], runs[0][key]) for key in restored)
+    return worst

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastvit.adapters import reference_vit, register_swap, registered
 from fastvit.models import vit
 from fastvit.modules.attention import FusedAttentionForward
 from fastvit.swap import SwapReport, swap, unswap
-from fastvit.testing import compare
+from fastvit.testing import compare, livened
 from tests.swapping import (
     PACKED,
     PATCHES,
@@ -516,13 +515,6 @@ def test_what_is_left_alone_and_why(change: Callable[[nn.Module], None], reason:
             {"PatchEmbed": 1, "Attention": 4},
             {},
         ),
-        (
-            "vit_tiny_patch16_224",
-            {"global_pool": "map", "class_token": False},
-            {"PatchEmbed": 1, "Attention": 2},
-            {"AttentionPoolLatent": 1},
-        ),
-        ("eva02_tiny_patch14_224", {"depth": 2}, {"PatchEmbed": 1}, {"EvaAttention": 2}),
         ("swin_tiny_patch4_window7_224", {"depths": (1, 1)}, {"PatchEmbed": 1}, {"WindowAttention": 2}),
     ],
 )
@@ -614,42 +606,3 @@ def test_bad_arguments_change_nothing() -> None:
     for call in (swap, unswap):
         with pytest.raises(TypeError, match=r"^model: got dict"):
             call({})
-
-
-class OtherAttention(vit.Attention):
-    """Somebody else's attention."""
-
-
-class FusedOtherAttention(FusedAttentionForward, OtherAttention):
-    """Its fused version."""
-
-
-def test_other_libraries_can_register() -> None:
-    module = livened(OtherAttention(24, 3))
-    assert swap(module).left_alone
-    expected = module(normal(2, 9, 24))
-    register_swap(OtherAttention, FusedOtherAttention)
-    try:
-        assert swap(module, strict=True).counts == {"fused": 1}
-        torch.testing.assert_close(module(normal(2, 9, 24)), expected)
-        unswap(module)
-        assert type(module) is OtherAttention
-    finally:
-        import fastvit.adapters
-
-        fastvit.adapters._FUSED.pop(OtherAttention)
-    assert OtherAttention not in registered()
-
-
-def test_registration_is_checked() -> None:
-    class Inner(FusedAttentionForward, vit.Attention):
-        pass
-
-    with pytest.raises(TypeError, match=r"^original: got"):
-        register_swap("Attention", FusedOtherAttention)
-    with pytest.raises(TypeError, match=r"^fused: got"):
-        register_swap(vit.Attention, vit.Attention)
-    with pytest.raises(TypeError, match=r"^fused: got"):
-        register_swap(vit.PatchEmbed, reference_vit.FusedAttention)
-    with pytest.raises(ValueError, match=r"top level"):
-        register_swap(vit.Attention, Inner)

@@ -20,8 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from fastvit.swap import swap, unswap
-from fastvit.testing import compare
-from tests.swapping import PACKED, PATCHES, forward_backward, images, livened, ops_run
+from fastvit.testing import compare, livened
+from tests.swapping import PACKED, PATCHES, forward_backward, images, ops_run
 
 timm = pytest.importorskip("timm")
 ROOT = Path(__file__).parents[1]

@@ -21,8 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastvit
 from fastvit.swap import swap
-from fastvit.testing import compare
-from tests.swapping import PACKED, PATCHES, SEPARATE, images, livened, normal, ops_run
+from fastvit.testing import compare, livened
+from tests.swapping import PACKED, PATCHES, SEPARATE, images, normal, ops_run
 
 timm = pytest.importorskip("timm")
 

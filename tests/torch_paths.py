@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastvit.testing import compare
-from tests.swapping import livened, normal
+from fastvit.testing import compare, livened
+from tests.swapping import normal
 
 Results = dict[str, Tensor]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 
 from torch import nn
@@ -13,6 +14,12 @@ from fastvit.modules.fused import FusedForward
 ADAPTERS = {
     "torch.nn": "fastvit.adapters.torch_nn",
     "timm.layers": "fastvit.adapters.timm_vit",
+    # timm.layers comes first: its adapter imports timm.models, where the others' classes are.
+    "timm.models.eva": "fastvit.adapters.timm_eva",
+    "timm.models.cait": "fastvit.adapters.timm_pool",
+    "open_clip.transformer": "fastvit.adapters.open_clip_vit",
+    "dinov2.layers.attention": "fastvit.adapters.dinov2",
+    "dinov3.layers.attention": "fastvit.adapters.dinov3",
     "fastvit.models.vit": "fastvit.adapters.reference_vit",
     "transformers.modeling_utils": "fastvit.adapters.transformers_models",
 }
@@ -22,26 +29,94 @@ SwapTable = dict[type[nn.Module], type[FusedForward]]
 _FUSED: SwapTable = {}
 
 
-def register_swap(original: type[nn.Module], fused: type[nn.Module]) -> None:
+# Every fused class there ever was, so that a module swapped before a replacement can still be taken back.
+_ORIGINALS: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def register_swap(original: type[nn.Module], fused: type[nn.Module], *, replace: bool = False) -> None:
     """Let ``fastvit.swap`` turn instances whose type is exactly ``original`` into ``fused``.
+
+    An attention with ``qkv``, ``proj`` and ``num_heads`` needs a class of one line, as here; for another shape write
+    the forward, as the files of fastvit/adapters do::
+
+        import fastvit
+        from torch import nn
+
+        class MyAttention(nn.Module):
+            def __init__(self, dim, num_heads):
+                super().__init__()
+                self.num_heads = num_heads
+                self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+            def forward(self, x):
+                query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+                heads = nn.functional.scaled_dot_product_attention(query, key, value)
+                return self.proj(heads.transpose(1, 2).flatten(2))
+
+        class FusedMyAttention(fastvit.modules.FusedAttentionForward, MyAttention): pass
+        fastvit.register_swap(MyAttention, FusedMyAttention)
+        print(fastvit.swap(nn.Sequential(MyAttention(64, 4))))
+
+    Subclasses of ``original`` are left alone, because they may compute something else; register each that may be
+    swapped. Registering the same pair again does nothing. Modules that were swapped before a replacement keep the class
+    that they have until ``unswap``.
 
     Args:
         original: a module class.
-        fused: a subclass of ``original`` with a :class:`fastvit.modules.fused.FusedForward` in front, at the top level
-            of an importable module, so that pickle finds it. It may not need attributes that ``original`` does not set.
+        fused: a subclass of ``original`` with a :class:`fastvit.modules.FusedForward` in front, at the top level of a
+            module that can be imported, so that pickle finds it. It may not need attributes that ``original`` does not
+            set, and its ``forward`` takes what that of ``original`` takes.
+        replace: take ``fused`` instead of another class that is registered for ``original``.
 
     Raises:
-        TypeError, ValueError: ``fused`` is no such class; the message says why.
+        TypeError: one of the two is no such class, or ``fused`` does not describe itself.
+        ValueError: ``fused`` stands in the wrong order or place, its forward lacks arguments, or ``original`` has
+            another fused class and ``replace`` is False. The message says which.
     """
     if not (isinstance(original, type) and issubclass(original, nn.Module)):
         raise TypeError(f"original: got {original!r}; accepted is a subclass of torch.nn.Module")
+    if issubclass(original, FusedForward):
+        raise TypeError(f"original: got {original!r}; accepted is a plain class, and this one is fused")
     if not (isinstance(fused, type) and issubclass(fused, original) and issubclass(fused, FusedForward)):
         raise TypeError(f"fused: got {fused!r}; accepted is a subclass of FusedForward and of {original.__name__}")
+    _check_order(original, fused)
+    _check_forward(original, fused)
     if getattr(sys.modules.get(fused.__module__), fused.__qualname__, None) not in (fused, None):
         raise ValueError(f"fused: got {fused!r}; another {fused.__qualname__} stands in {fused.__module__}")
     if "." in fused.__qualname__:
         raise ValueError(f"fused: got {fused!r}; accepted is a class at the top level of a module, for pickle")
+    if (present := _FUSED.get(original, fused)) is not fused and not replace:
+        raise ValueError(
+            f"original: got {original!r}, for which {present!r} is registered; replace=True takes its place"
+        )
     _FUSED[original] = fused
+    _ORIGINALS[fused] = original
+
+
+def _check_order(original: type[nn.Module], fused: type[FusedForward]) -> None:
+    order = fused.__mro__
+    plain = next(kind for kind in order if issubclass(kind, nn.Module) and not issubclass(kind, FusedForward))
+    if order.index(FusedForward) > order.index(original):
+        raise ValueError(f"fused: got {fused!r}; the FusedForward must stand in front of {original.__name__}")
+    if plain is not original:
+        raise ValueError(
+            f"fused: got {fused!r}, whose plain class is {plain.__name__}; accepted is {original.__name__}"
+        )
+    described = ("fastvit_obstacles", "fastvit_fallbacks", "fastvit_spec")
+    if missing := [name for name in described if getattr(fused, name).__func__ is vars(FusedForward)[name].__func__]:
+        raise TypeError(f"fused: got {fused!r}; it must define {', '.join(missing)}")
+
+
+def _check_forward(original: type[nn.Module], fused: type[FusedForward]) -> None:
+    """Raise if ``fused``'s forward lacks an argument: the first goes by place, all others may be given by name."""
+    theirs, ours = (list(inspect.signature(kind.forward).parameters.values())[1:] for kind in (original, fused))
+    if any(parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) for parameter in (*theirs, *ours)):
+        return
+    accepted = {parameter.name for parameter in ours[1:]}
+    if lacking := [parameter.name for parameter in theirs[1:] if parameter.name not in accepted]:
+        raise ValueError(
+            f"fused: got {fused!r}, whose forward lacks {', '.join(lacking)} of {original.__name__}'s; accepted is a "
+            "forward with the same arguments"
+        )
 
 
 def registered() -> SwapTable:
@@ -52,6 +127,12 @@ def registered() -> SwapTable:
             # A library with one file for each model is imported piece by piece, and so is its adapter.
             getattr(loaded, "register_loaded", lambda: None)()
     return dict(_FUSED)
+
+
+def original_classes() -> dict[type[nn.Module], type[nn.Module]]:
+    """Return the plain class of every fused class, those included that were replaced in the table since."""
+    registered()
+    return dict(_ORIGINALS)
 
 
 def register_transformers() -> None:

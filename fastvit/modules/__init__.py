@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastvit.modules.attention import Attention, FusedAttentionForward
+from fastvit.modules.fused import FusedForward
 from fastvit.modules.patch_embed import FusedPatchEmbedForward, PatchEmbed
 
-__all__ = ["Attention", "FusedAttentionForward", "FusedPatchEmbedForward", "PatchEmbed"]
+__all__ = ["Attention", "FusedAttentionForward", "FusedForward", "FusedPatchEmbedForward", "PatchEmbed"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -40,16 +40,23 @@ def _attend(
 
 
 class FusedAttentionForward(FusedForward):
-    """The fused forward of a self-attention module, for any class with ``qkv``, ``proj``, ``num_heads``, ``head_dim``.
+    """The fused forward of a self-attention module, for any class with ``qkv``, ``proj`` and ``num_heads``.
 
-    Optional children are used where they exist: q_norm, k_norm, attn_drop, softmax, norm, gate, proj_drop. Without
-    q_norm and k_norm the op reads query, key and value where ``qkv`` wrote them and writes what ``proj`` reads.
+    ``qkv`` writes query, key and value in this order, each as num_heads × head_dim; ``head_dim`` is a third of its
+    width over ``num_heads`` unless the class says otherwise, and ``scale`` 1/√head_dim. Optional children are used
+    where they exist: q_norm, k_norm, attn_drop, softmax, norm, gate, proj_drop. Without q_norm and k_norm the op reads
+    query, key and value where ``qkv`` wrote them and writes what ``proj`` reads.
+
+    For a class of that shape ``class Fused(FusedAttentionForward, Plain): pass`` is a whole adapter, to be handed to
+    :func:`fastvit.register_swap`; an instance with further parameters, buffers or children is left alone.
 
     Where the op does not compute what the plain forward does (dropout of attention weights, a hook that reads the
     attention matrix, a mask that requires grad, …) the plain class's own forward runs, with one warning.
     """
 
     fastvit_kind = "attention"
+    fastvit_parts: ClassVar[frozenset[str]] = CHILDREN
+    fastvit_needs: ClassVar[tuple[str, ...]] = ("qkv", "proj", "num_heads")
     num_heads: int
     head_dim: int
     scale: float
@@ -64,13 +71,20 @@ class FusedAttentionForward(FusedForward):
         obstacles = []
         if has_own_forward(module):
             obstacles.append("its forward was replaced on the instance")
-        if unknown := strangers(module, CHILDREN):
+        if unknown := strangers(module, cls.fastvit_parts):
             obstacles.append(f"it has parts that fastvit does not know: {', '.join(unknown)}")
-        if missing := [name for name in ("qkv", "proj", "num_heads", "head_dim") if not hasattr(module, name)]:
+        if missing := [name for name in cls.fastvit_needs if not hasattr(module, name)]:
             obstacles.append(f"it lacks {', '.join(missing)}")
-        elif (head_dim := cast(int, module.head_dim)) > MAX_HEAD_DIM:
+        elif (head_dim := cls.fastvit_head_dim(module)) > MAX_HEAD_DIM:
             obstacles.append(f"head_dim {head_dim}: at most {MAX_HEAD_DIM}")
         return obstacles
+
+    @classmethod
+    def fastvit_head_dim(cls, module: nn.Module) -> int:
+        """Return the width of one head: the module's own word for it, or a third of ``qkv`` over the heads."""
+        if (given := getattr(module, "head_dim", None)) is not None:
+            return cast(int, given)
+        return cast(nn.Linear, module.qkv).out_features // (3 * cast(int, module.num_heads))
 
     @classmethod
     def fastvit_fallbacks(cls, module: nn.Module) -> list[str]:
@@ -84,7 +98,7 @@ class FusedAttentionForward(FusedForward):
     @classmethod
     def fastvit_spec(cls, module: nn.Module, dtype: torch.dtype, device: torch.device) -> AttentionSpec:
         """Return a self-attention of 14×14 patches and a class token."""
-        heads, head_dim = cast(int, module.num_heads), cast(int, module.head_dim)
+        heads, head_dim = cast(int, module.num_heads), cls.fastvit_head_dim(module)
         return AttentionSpec(1, heads, 197, 197, head_dim, head_dim, dtype, None, False, device)
 
     def _why_plain(self, attn_mask: Tensor | None, is_causal: bool) -> str | None:
@@ -95,8 +109,8 @@ class FusedAttentionForward(FusedForward):
             return f"attention dropout (p={drop.p:g}) has no kernel yet"
         if readers := _matrix_readers(self):
             return readers[0]
-        if self.head_dim > MAX_HEAD_DIM:
-            return f"head_dim {self.head_dim} is above {MAX_HEAD_DIM}"
+        if (head_dim := self.fastvit_head_dim(self)) > MAX_HEAD_DIM:
+            return f"head_dim {head_dim} is above {MAX_HEAD_DIM}"
         # Both may be proxies of a symbolic trace, which have no truth value.
         if attn_mask is not None and is_causal is True:
             return "attn_mask and is_causal are both given"
@@ -120,19 +134,40 @@ class FusedAttentionForward(FusedForward):
             unmasked = attn_mask is None and is_causal is False
             return super().forward(x) if unmasked else super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         batch, seqlen, _ = x.shape
+        gate = self._gate(x)
+        qkv = self.qkv(x).reshape(batch, seqlen, 3, self.num_heads, self.fastvit_head_dim(self))
+        return self._finish(self._attend_projected(qkv, attn_mask, is_causal), gate)
+
+    def _gate(self, x: Tensor) -> Tensor | None:
         gate = getattr(self, "gate", None)
-        gate = None if gate is None else gate(x).sigmoid()
-        qkv = self.qkv(x).reshape(batch, seqlen, 3, self.num_heads, self.head_dim)
+        return None if gate is None else cast(Tensor, gate(x).sigmoid())
+
+    def _softmax_scale(self) -> float | None:
         # torch's attention always takes 1/sqrt(head_dim), and so does timm's while fused_attn is on.
-        scale = None if getattr(self, "fused_attn", False) else self.scale
-        backend = self._fastvit_backend
-        if _is_no_op(getattr(self, "q_norm", None)) and _is_no_op(getattr(self, "k_norm", None)):
-            heads = _attend_packed(qkv, attn_mask, is_causal, scale, backend)
-        else:
-            query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, H, N, D]
-            query, key = self.q_norm(query), self.k_norm(key)
-            heads = _attend(query, key, value, attn_mask, is_causal, scale, backend)
-        x = heads.reshape(batch, seqlen, self.num_heads * self.head_dim)
+        return None if getattr(self, "fused_attn", False) else getattr(self, "scale", None)
+
+    def _attend_projected(self, qkv: Tensor, bias: Tensor | None, is_causal: bool) -> Tensor:
+        """Return the heads [B, N, H, D] of a packed projection [B, N, 3, H, D], normalised per head where asked."""
+        q_norm, k_norm = getattr(self, "q_norm", None), getattr(self, "k_norm", None)
+        if _is_no_op(q_norm) and _is_no_op(k_norm):
+            return self._attend_packed(qkv, bias, is_causal)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, H, N, D]
+        return self._attend(self.q_norm(query), self.k_norm(key), value, bias, is_causal)
+
+    # Methods, because torch.fx.wrap covers a function only where it is called by this module's own name for it.
+    def _attend_packed(self, qkv: Tensor, bias: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Return the heads [B, N, H, D] of a packed projection [B, N, 3, H, D]."""
+        return _attend_packed(qkv, bias, is_causal, self._softmax_scale(), self._fastvit_backend)
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """Return the heads [B, Nq, H, D] of query, key and value [B, H, N, D]."""
+        return _attend(query, key, value, bias, is_causal, self._softmax_scale(), self._fastvit_backend)
+
+    def _finish(self, heads: Tensor, gate: Tensor | None = None) -> Tensor:
+        """Return what the output projection makes of the heads [B, N, H, D]."""
+        x = heads.flatten(2)
         norm = getattr(self, "norm", None)
         x = x if norm is None else norm(x)
         x = x if gate is None else x * gate
