@@ -166,7 +166,7 @@ def test_registering_twice_and_replacing() -> None:
 
 def test_a_subclass_is_left_alone_until_it_is_registered_itself() -> None:
     register_swap(PlainAttention, FusedPlainAttention)
-    model = nn.Sequential(livened(PlainAttention(96, 3))(HalvingAttention(96, 3)))
+    model = nn.Sequential(livened(PlainAttention(96, 3)), livened(HalvingAttention(96, 3)))
     x = normal(2, 17, 96)
     expected = model(x)
     report = swap(model)

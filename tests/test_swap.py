@@ -23,7 +23,6 @@ from tests.swapping import (
     SEPARATE,
     forward_backward,
     images,
-    livened,
     normal,
     ops_run,
     run_python,
