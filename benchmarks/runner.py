@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,6 +38,8 @@ CONTESTS: dict[str, Callable[..., Contest]] = {
     "overhead": suite_overhead.contest,
 }
 BACKENDS = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+# How a run ends whose device has faulted: what comes after in the same process fails, whatever it is.
+LOST = "the device is lost to this process"
 REPEATS = {"cpu": 15, "cuda": 30}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -45,7 +48,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class Options:
     """What to run, on what, for how long, and where to.
 
-    ``red`` has the kernels that missed the rule on this device, as (backend, work, dtype): see :func:`is_red`.
+    ``red`` has the kernels that missed the rule on this device, as (backend, work, dtype): see :func:`is_red`. ``skip``
+    has the labels of cases that are not to be run, and ``note`` is told the label of each case when it begins.
     """
 
     device: str = "cpu"
@@ -61,6 +65,8 @@ class Options:
     all_peers: bool = False
     backends: Sequence[str] = ()
     red: set[tuple[str, str, str]] = field(default_factory=set)
+    skip: set[str] = field(default_factory=set)
+    note: Callable[[str], None] = lambda label: None
 
 
 @dataclass
@@ -81,7 +87,11 @@ def run(options: Options, console: Console | None = None, facts: dict[str, Any] 
     console = console or Console()
     begin = time.monotonic()
     report = Report(facts=facts or {})
-    works = cases.select(options.device, options.suites, options.words, options.last_tier, options.quick)
+    works = [
+        work
+        for work in cases.select(options.device, options.suites, options.words, options.last_tier, options.quick)
+        if work.label not in options.skip
+    ]
     if not works:
         report.ended = "no case has this name"
         return report
@@ -115,17 +125,17 @@ def _machines(options: Options, threads: Sequence[int], console: Console) -> Ite
         yield machine
 
 
-def device_slug(machine: Machine) -> str:
+def device_slug(device: str, name: str) -> str:
     """Return the device's part of a file name, "cpu-amd-epyc" or "gpu-nvidia-h200"."""
-    words = machine.name.lower().replace("(r)", "").replace("(tm)", "").replace("/", " ").split()
-    return "-".join(["cpu" if machine.device == "cpu" else "gpu", *words[:4]])
+    words = name.lower().replace("(r)", "").replace("(tm)", "").replace("/", " ").split()
+    return "-".join(["cpu" if device == "cpu" else "gpu", *words[:4]])
 
 
 def _open(report: Report, options: Options, machine: Machine) -> None:
     """Take over the rows of this device's newest file that are fresh, into the file of today."""
     if options.out is None or report.path is not None:
         return
-    slug = device_slug(machine)
+    slug = device_slug(machine.device, machine.name)
     if options.out.suffix == ".csv":
         report.path, earlier = options.out, [options.out] if options.out.exists() else []
     else:
@@ -134,14 +144,10 @@ def _open(report: Report, options: Options, machine: Machine) -> None:
     for path in earlier[-1:]:
         rows = harness.read(path)
         # A file of today keeps its other rows too: another number of threads, another version. They are not re-timed.
-        report.rows = rows if path == report.path else [row for row in rows if _fresh_anywhere(row, machine)]
+        report.rows = rows if path == report.path else [row for row in rows if harness.is_fresh(row, machine)]
         side = path.with_suffix(".json")
         if side.exists():
             report.facts = {**json.loads(side.read_text()).get("facts", {}), **report.facts}
-
-
-def _fresh_anywhere(row: Row, machine: Machine) -> bool:
-    return harness.is_fresh(row, machine)
 
 
 def _is_done(work: Work, machine: Machine, report: Report, options: Options) -> bool:
@@ -201,7 +207,12 @@ def _measure(
                 return
             if options.device == "cpu":
                 torch.set_num_threads(machine.threads)
+            options.note(work.label)
             outcome = measure_one(work, machine, options, repeats)
+            if is_lost(machine.device):
+                # Whatever was timed before the fault is not to be believed either.
+                report.ended = LOST
+                return
             _merge(report, outcome)
             for row in harness.best(outcome.rows) or outcome.rows[:1]:
                 console.print(line(row), highlight=False, markup=False, soft_wrap=True)
@@ -217,7 +228,9 @@ def measure_one(work: Work, machine: Machine, options: Options, repeats: int) ->
     if not green:
         return Outcome(notes=notes)
     torch.manual_seed(0)
-    torch._dynamo.reset()
+    if "torch._dynamo" in sys.modules:
+        # A function that was compiled for eight shapes is given up: each case begins anew.
+        torch._dynamo.reset()
     costly = options.all_peers or (options.device == "cuda" and work.tier == 0)
     try:
         outcome = harness.run(CONTESTS[work.kind](work, machine.device, green, costly), machine, repeats)
@@ -225,6 +238,17 @@ def measure_one(work: Work, machine: Machine, options: Options, repeats: int) ->
         outcome = Outcome(notes=[f"{work.label}: failed: {first_line(error)}"])
     outcome.notes = notes + outcome.notes
     return outcome
+
+
+def is_lost(device: str) -> bool:
+    """Return whether the device's context has met an error that stays."""
+    if device != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def _merge(report: Report, outcome: Outcome) -> None:
