@@ -145,10 +145,11 @@ def attention(device: str) -> Iterator[Work]:
     for tier, works in ((0, _telling(device)), (1, _sweeps(device)), (2, _grid(device)), (3, _everything(device))):
         for dtype, layout, shape in works:
             late = tier == 0 and (dtype != first or layout != "packed" or shape.mode == "backward")
-            yield _attention_work(shape, dtype, layout, 1 if late else tier)
+            yield attention_work(shape, dtype, layout, 1 if late else tier)
 
 
-def _attention_work(shape: AttentionShape, dtype: torch.dtype, layout: str, tier: int) -> Work:
+def attention_work(shape: AttentionShape, dtype: torch.dtype, layout: str, tier: int) -> Work:
+    """Return the case of one shape."""
     suite = f"attention {shape.mode}" + ", bias" * shape.bias
     case = f"B{shape.batch} H{shape.heads} N{shape.seqlen} D{shape.head_dim}"
     return Work(suite, case, dtype, tier, "attention", shape, layout)

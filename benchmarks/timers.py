@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 Call = Callable[[], object]
+DEVICE = "cuda"
 FLUSH_BYTES = 256 << 20
 WARM_UPS = 2
 # A sample shorter than this is lengthened by calling more than once: the clock itself takes about 0.1 µs.
@@ -125,7 +126,7 @@ def _on_device(entries: Sequence[Entry], repeats: int) -> tuple[dict[str, Times]
     # Forward, backward and capture share a stream: autograd runs a backward pass on the stream of its forward pass.
     stream, calls, absent, times = torch.cuda.Stream(), {}, {}, {}
     reference: object = None
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=DEVICE)
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for entry in entries:
