@@ -73,7 +73,9 @@ def _options(suites: tuple[str, ...], arguments: list[str], device: str) -> tupl
     parser.add_argument("--list", action="store_true", help="print the cases in their order, and run nothing")
     parser.add_argument("--quick", action="store_true", help="a few cases, for a look and for CI; writes no file")
     parser.add_argument("--full", action="store_true", help="every case (on a CPU: hours), not the telling ones alone")
-    parser.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS", help="begin no case after this")
+    parser.add_argument(
+        "--budget", type=float, default=float("inf"), metavar="SECONDS", help="begin no case after this"
+    )
     parser.add_argument("--repeats", type=int, default=0, metavar="N", help="samples per case (CPU: 15, GPU: 30)")
     parser.add_argument("--threads", type=int, nargs="+", metavar="N", help="CPU: numbers of threads (1 and all)")
     parser.add_argument("--all-peers", action="store_true", help="also peers that compile for every shape")

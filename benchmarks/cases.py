@@ -233,7 +233,9 @@ def models(device: str) -> Iterator[Work]:
                     continue
                 shape = ModelShape(name, vit, batch, mode)
                 telling = mode == ("eager" if device == "cpu" else "compiled") and batch in MODEL_BATCHES[device][:2]
-                tier = (0 if number < 3 and telling else 1 if telling else 2) + 2 * (mode != "eager" and device == "cpu")
+                tier = (0 if number < 3 and telling else 1 if telling else 2) + 2 * (
+                    mode != "eager" and device == "cpu"
+                )
                 if device == "cpu" and vit.image > 224:
                     tier = 3
                 yield Work(f"model inference, {mode}", f"{name} B{batch}", dtype, min(tier, 3), "models", shape)

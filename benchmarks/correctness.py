@@ -38,7 +38,12 @@ def cases() -> list[Case]:
             for case in vit_attention_cases([dtype])
         ]
         listed += [
-            ("patch_embed", str(case), dtype, lambda backend, device, case=case: check_patch_embed(case, backend, device))  # type: ignore[misc]
+            (
+                "patch_embed",
+                str(case),
+                dtype,
+                lambda backend, device, case=case: check_patch_embed(case, backend, device),
+            )  # type: ignore[misc]
             for case in vit_patch_embed_cases([dtype])
         ]
     return listed

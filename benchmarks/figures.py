@@ -101,7 +101,9 @@ def heat_map(rows: list[Row], suite: str = "attention forward") -> Any | None:
     dims, lengths = sorted({key[0] for key in cells}), sorted({key[1] for key in cells})
     if len(cells) < 2:
         return None
-    figure, axes = _new(chosen, f"{suite[0].upper()}{suite[1:]}: speed-up over the best peer", 0.62 * len(lengths) + 2.2)
+    figure, axes = _new(
+        chosen, f"{suite[0].upper()}{suite[1:]}: speed-up over the best peer", 0.62 * len(lengths) + 2.2
+    )
     ratios = [cell[2] for cell in cells.values()]
     norm = LogNorm(min(0.5, *ratios), max(2.0, *ratios))
     grid = [[cells[dim, n][2] if (dim, n) in cells else float("nan") for n in lengths] for dim in dims]
@@ -159,9 +161,15 @@ def roofline(rows: list[Row]) -> Any | None:
     low, high, corner = 0.5 * min(intensities), 2 * max(*intensities, 2 * peak / bandwidth), peak / bandwidth
     low = min(low, corner / 2)
     axes.plot([low, corner, high], [low * bandwidth, peak, peak], color="black", linewidth=1.5)
-    axes.annotate(f"matrix product {peak:.3g} TFLOP/s", (high, peak), xytext=(-4, 5), textcoords="offset points", ha="right")
     axes.annotate(
-        f"copy {bandwidth * 1e3:.0f} GB/s", (low, low * bandwidth), xytext=(10, -2), textcoords="offset points", va="top"
+        f"matrix product {peak:.3g} TFLOP/s", (high, peak), xytext=(-4, 5), textcoords="offset points", ha="right"
+    )
+    axes.annotate(
+        f"copy {bandwidth * 1e3:.0f} GB/s",
+        (low, low * bandwidth),
+        xytext=(10, -2),
+        textcoords="offset points",
+        va="top",
     )
     axes.set(xscale="log", yscale="log", xlabel="FLOP per byte of least traffic", ylabel="TFLOP/s", xlim=(low, high))
     figure.legend(loc="outside right center", frameon=False)
@@ -252,7 +260,9 @@ def _new(rows: list[Row], title: str, width: float = 7.0, height: float = 4.2) -
     figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
     first = rows[0]
     dtypes, threads = ", ".join(sorted({row.dtype for row in rows})), f", {first.threads} threads" * bool(first.threads)
-    axes.set_title(f"{title}\n{first.device}, {first.capability}{threads}, {dtypes}, torch {first.torch}", size=10, loc="left")
+    axes.set_title(
+        f"{title}\n{first.device}, {first.capability}{threads}, {dtypes}, torch {first.torch}", size=10, loc="left"
+    )
     if harness.is_stale(rows):
         figure.suptitle(STALE.upper(), size=9, color="#D55E00", weight="bold")
     axes.grid(alpha=0.3)

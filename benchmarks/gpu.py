@@ -223,9 +223,7 @@ def _correct(options: argparse.Namespace, slug: str, facts: dict[str, Any]) -> s
     red: set[tuple[str, str, str]] = set()
     facts["correctness"] = {}
     for backend in backends:
-        kernels, figures = correctness.run(
-            backend, options.device, options.out / f"{slug}-correctness.jsonl", seconds
-        )
+        kernels, figures = correctness.run(backend, options.device, options.out / f"{slug}-correctness.jsonl", seconds)
         red |= kernels
         facts["correctness"][backend] = figures
         print(

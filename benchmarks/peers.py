@@ -127,18 +127,14 @@ PEERS: dict[str, tuple[Peer, ...]] = {
         _MATH,
         _FLEX,
         Peer("xformers", _xformers, _version_of("xformers")),
-        Peer(
-            "flash-attn 2", _flash_attn("flash_attn"), _version_of("flash-attn"), _sixteen_bits_without_bias
-        ),
+        Peer("flash-attn 2", _flash_attn("flash_attn"), _version_of("flash-attn"), _sixteen_bits_without_bias),
         Peer(
             "flash-attn 3",
             _flash_attn("flash_attn_interface"),
             _version_of("flash-attn-3"),
             _sixteen_bits_without_bias,
         ),
-        Peer(
-            "flash-attn 4", _flash_attn("flash_attn.cute"), _version_of("flash-attn-4"), _sixteen_bits_without_bias
-        ),
+        Peer("flash-attn 4", _flash_attn("flash_attn.cute"), _version_of("flash-attn-4"), _sixteen_bits_without_bias),
     ),
     # On a CPU torch's own choice is its flash kernel, or the product form where that has no answer.
     "cpu": (Peer("SDPA", _pinned(None), _torch_version), _MATH, _FLEX),

@@ -20,7 +20,10 @@ from benchmarks.tables import geometric_mean, roof
 README = harness.ROOT / "README.md"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 FIGURES_FOLDER = "figures"
-README_FIGURES = {"time": "Time of attention against the sequence length", "models": "Images per second of whole models"}
+README_FIGURES = {
+    "time": "Time of attention against the sequence length",
+    "models": "Images per second of whole models",
+}
 ALL_FIGURES = README_FIGURES | {
     "ratio": "Speed-up of the forward pass over N and head_dim",
     "ratio-backward": "Speed-up of the backward pass over N and head_dim",
@@ -68,7 +71,9 @@ def table(path: Path) -> str:
         share = [f"{100 * statistics.median(row.share for row in group):.0f} %"] if shares else []
         cells = [suite, dtype, *([backend] * several), peer, *cells, *share]
         lines.append(f"| {' | '.join(cells)} |")
-    link = os.path.relpath(path, harness.ROOT) if path.is_relative_to(harness.ROOT) else f"benchmarks/results/{path.name}"
+    link = (
+        os.path.relpath(path, harness.ROOT) if path.is_relative_to(harness.ROOT) else f"benchmarks/results/{path.name}"
+    )
     lines += [
         "",
         f"Speed-up over PyTorch: geometric mean over the shapes (least – most). {first.device}, {first.capability}, "

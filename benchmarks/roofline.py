@@ -58,9 +58,7 @@ def copy_bandwidth(device: str, size: int | None = None, repeats: int = REPEATS)
     return 2.0 * size / seconds / 1e9
 
 
-def matrix_rate(
-    device: str, dtype: torch.dtype, sizes: tuple[int, ...] | None = None, repeats: int = REPEATS
-) -> float:
+def matrix_rate(device: str, dtype: torch.dtype, sizes: tuple[int, ...] | None = None, repeats: int = REPEATS) -> float:
     """Return GFLOP/s of the best square product of random matrices, 2 n³ FLOP each."""
     rates = []
     for size in sizes or MATRIX_SIZES[device]:

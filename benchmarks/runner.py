@@ -101,7 +101,12 @@ def run(options: Options, console: Console | None = None, facts: dict[str, Any] 
         for machine in _machines(options, threads, console):
             report.machines.append(machine)
             _open(report, options, machine)
-        todo = [(work, machine) for work in works for machine in report.machines if not _is_done(work, machine, report, options)]
+        todo = [
+            (work, machine)
+            for work in works
+            for machine in report.machines
+            if not _is_done(work, machine, report, options)
+        ]
         skipped = len(works) * len(report.machines) - len(todo)
         if skipped:
             console.print(f"{skipped} cases have fresh rows and are skipped (--again measures them anew)")
@@ -111,7 +116,10 @@ def run(options: Options, console: Console | None = None, facts: dict[str, Any] 
     finally:
         torch.set_num_threads(before)
         save(report)
-    console.print(f"{report.ended}: {report.new} new rows, {len(report.rows)} in all" + f", {report.path}" * bool(report.path), soft_wrap=True)
+    console.print(
+        f"{report.ended}: {report.new} new rows, {len(report.rows)} in all" + f", {report.path}" * bool(report.path),
+        soft_wrap=True,
+    )
     return report
 
 
@@ -224,7 +232,11 @@ def measure_one(work: Work, machine: Machine, options: Options, repeats: int) ->
     """Return the rows of one case; an error of any kind costs this case and no other."""
     wanted = options.backends or BACKENDS[options.device]
     green = [name for name in wanted if not is_red(name, work, options.red)]
-    notes = [f"{work.label}: {name}: its kernel missed the rule on this device, so it is not timed" for name in wanted if name not in green]
+    notes = [
+        f"{work.label}: {name}: its kernel missed the rule on this device, so it is not timed"
+        for name in wanted
+        if name not in green
+    ]
     if not green:
         return Outcome(notes=notes)
     torch.manual_seed(0)
@@ -267,7 +279,12 @@ def save(report: Report) -> None:
     if "environment" not in report.facts or report.facts.get("commit") != harness.commit():
         # Once per run: it asks the system a dozen questions.
         report.facts |= {"commit": harness.commit(), "environment": roofline.environment(report.machines)}
-    content = {"facts": report.facts, "peers": peers.availability(device), "not timed": sorted(set(report.notes)), "ended": report.ended}
+    content = {
+        "facts": report.facts,
+        "peers": peers.availability(device),
+        "not timed": sorted(set(report.notes)),
+        "ended": report.ended,
+    }
     report.path.with_suffix(".json").write_text(json.dumps(content, indent=1, sort_keys=True, default=str) + "\n")
 
 

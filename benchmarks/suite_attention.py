@@ -30,8 +30,9 @@ def contest(work: Work, device: str, backends: Sequence[str], costly: bool = Fal
     batch, heads, seqlen, dim = shape.batch, shape.heads, shape.seqlen, shape.head_dim
     itemsize, bias = work.dtype.itemsize, heads * seqlen**2 * shape.bias
     parts = {"forward": (1, 0), "backward": (0, 1), "forward + backward": (1, 1)}[shape.mode]
-    flops = formulas.attention_flop(batch, heads, seqlen, dim), formulas.attention_backward_flop(
-        batch, heads, seqlen, dim
+    flops = (
+        formulas.attention_flop(batch, heads, seqlen, dim),
+        formulas.attention_backward_flop(batch, heads, seqlen, dim),
     )
     sizes = (batch, heads, seqlen, dim, itemsize, bias)
     moved = formulas.attention_bytes(*sizes), formulas.attention_backward_bytes(*sizes)

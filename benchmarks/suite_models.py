@@ -99,9 +99,7 @@ def gate(
             if not fastvit.swap(swapped, backend=backend).swapped:
                 raise RuntimeError("nothing in this model was swapped")
             results = _run(swapped, images, shape.training)
-            rules[backend] = max(
-                compare(*three).ratio for three in zip(results, exact, own, strict=True)
-            )
+            rules[backend] = max(compare(*three).ratio for three in zip(results, exact, own, strict=True))
         except (RuntimeError, NotImplementedError) as error:
             absent[backend] = first_line(error)
     return rules, absent
@@ -111,7 +109,10 @@ def _run(model: nn.Module, images: Tensor, training: bool) -> list[Tensor]:
     if not training:
         with torch.inference_mode():
             return [model(images)]
-    watched: list[Any] = [model.get_parameter("blocks.0.attn.qkv.weight"), model.get_parameter("patch_embed.proj.weight")]
+    watched: list[Any] = [
+        model.get_parameter("blocks.0.attn.qkv.weight"),
+        model.get_parameter("patch_embed.proj.weight"),
+    ]
     output = model(images)
     loss = F.cross_entropy(output.to(output.dtype), _labels(images))
     return [output.detach(), *torch.autograd.grad(loss, watched)]

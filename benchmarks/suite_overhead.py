@@ -67,7 +67,9 @@ def _call(backend: str, device: str, backward: bool) -> Call:
 
 
 def _first_call(backend: str, device: str) -> str:
-    function = f"fastvit.attention(x, x, x, backend={backend!r})" if backend else "F.scaled_dot_product_attention(x, x, x)"
+    function = (
+        f"fastvit.attention(x, x, x, backend={backend!r})" if backend else "F.scaled_dot_product_attention(x, x, x)"
+    )
     imports = "import torch, torch.nn.functional as F\n" + ("import fastvit\n" if backend else "")
     wait = "torch.cuda.synchronize()\n" if device == "cuda" else ""
     return f"{imports}x = torch.randn(1, 1, 16, 64, device={device!r})\n{function}\n{wait}"

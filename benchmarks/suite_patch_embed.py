@@ -83,9 +83,7 @@ def gate(
     return rules, absent
 
 
-def _build(
-    shape: PatchShape, dtype: torch.dtype, device: str, name: str, function: Callable[..., Tensor]
-) -> Call:
+def _build(shape: PatchShape, dtype: torch.dtype, device: str, name: str, function: Callable[..., Tensor]) -> Call:
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*sizes: int) -> Tensor:

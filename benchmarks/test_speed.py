@@ -35,7 +35,11 @@ def test_speed(benchmark: Any, work: Work, side: str) -> None:
     entry = contest.ours[0] if side == "fastvit" else contest.peers[0]
     benchmark.group = work.label
     benchmark.extra_info.update(
-        side=entry.name, rule=contest.rules["cpu"], flop=contest.flop, bytes=contest.moved, threads=torch.get_num_threads()
+        side=entry.name,
+        rule=contest.rules["cpu"],
+        flop=contest.flop,
+        bytes=contest.moved,
+        threads=torch.get_num_threads(),
     )
     if work.kind == "attention" and work.details.mode == "forward":
         shape = work.details
