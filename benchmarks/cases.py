@@ -161,16 +161,16 @@ Shapes = Iterator[tuple[torch.dtype, str, AttentionShape]]
 def _telling(device: str) -> Shapes:
     first = DTYPES[device][0]
     for mode in ("forward", "forward + backward", "backward"):
-        for *sizes, bias in TELLING[device]:
+        for batch, heads, seqlen, dim, bias in TELLING[device]:
             if mode == "forward" or not bias:
-                yield first, "packed", AttentionShape(*sizes, mode, bias)
+                yield first, "packed", AttentionShape(batch, heads, seqlen, dim, mode, bias)
     for dtype in DTYPES[device][1:]:
-        for *sizes, bias in TELLING[device]:
-            yield dtype, "packed", AttentionShape(*sizes, "forward", bias)
+        for batch, heads, seqlen, dim, bias in TELLING[device]:
+            yield dtype, "packed", AttentionShape(batch, heads, seqlen, dim, "forward", bias)
 
 
 def sized(device: str, seqlen: int, head_dim: int, mode: str = "forward", bias: bool = False) -> AttentionShape:
-    """Return a case of the sweeps: the width of ViT-B, and the batch that gives it about the same FLOP as the others."""
+    """Return a case of the sweeps: the width of ViT-B, with about the same FLOP as the others."""
     heads = max(1, 768 // head_dim)
     batch = max(1, round(SWEEP_FLOP[device] / attention_flop(1, heads, seqlen, head_dim)))
     return AttentionShape(batch, heads, seqlen, head_dim, mode, bias)

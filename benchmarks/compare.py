@@ -47,7 +47,8 @@ class Change:
         name = " ".join(filter(None, (self.row.suite, self.row.case, self.row.dtype, self.row.layout)))
         return (
             f"{self.verdict}: {name}, {self.row.backend}, {self.row.threads} threads: "
-            f"{100 * (self.change - 1):+.1f} % [{100 * (self.low - 1):+.1f}, {100 * (self.high - 1):+.1f}] {self.control}"
+            f"{100 * (self.change - 1):+.1f} % [{100 * (self.low - 1):+.1f}, {100 * (self.high - 1):+.1f}] "
+            f"{self.control}"
         )
 
 
@@ -75,7 +76,7 @@ def compare(
         low, high, limit = change - margin, change + margin, math.log1p(threshold)
         verdict = SLOWER if low > 0 and change > limit else FASTER if high < 0 and change < -limit else SAME
         control = f"(against {new.peer})" if controlled else "(our times alone)"
-        changes.append(Change(new, *(math.exp(value) for value in (change, low, high)), verdict, control))
+        changes.append(Change(new, math.exp(change), math.exp(low), math.exp(high), verdict, control))
     return sorted(changes, key=lambda change: -change.change)
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +34,10 @@ def cases() -> list[Case]:
     """Return op, name, dtype and check of every case, the dtypes in the order in which they matter on a GPU."""
     listed: list[Case] = []
     for dtype in DTYPES:
-        listed += [
-            ("attention", str(case), dtype, lambda backend, device, case=case: check_attention(case, backend, device))  # type: ignore[misc]
-            for case in vit_attention_cases([dtype])
-        ]
-        listed += [
-            (
-                "patch_embed",
-                str(case),
-                dtype,
-                lambda backend, device, case=case: check_patch_embed(case, backend, device),
-            )  # type: ignore[misc]
-            for case in vit_patch_embed_cases([dtype])
-        ]
+        for attention in vit_attention_cases([dtype]):
+            listed.append(("attention", str(attention), dtype, partial(check_attention, attention)))
+        for patches in vit_patch_embed_cases([dtype]):
+            listed.append(("patch_embed", str(patches), dtype, partial(check_patch_embed, patches)))
     return listed
 
 

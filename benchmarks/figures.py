@@ -105,7 +105,8 @@ def heat_map(rows: list[Row], suite: str = "attention forward") -> Any | None:
         chosen, f"{suite[0].upper()}{suite[1:]}: speed-up over the best peer", 0.62 * len(lengths) + 2.2
     )
     ratios = [cell[2] for cell in cells.values()]
-    norm = LogNorm(min(0.5, *ratios), max(2.0, *ratios))
+    low, high = min(0.5, *ratios), max(2.0, *ratios)
+    norm = LogNorm(low, high)
     grid = [[cells[dim, n][2] if (dim, n) in cells else float("nan") for n in lengths] for dim in dims]
     image = axes.imshow(grid, cmap=plt.get_cmap("cividis"), norm=norm, aspect="auto", origin="lower")
     for y, dim in enumerate(dims):
@@ -119,7 +120,7 @@ def heat_map(rows: list[Row], suite: str = "attention forward") -> Any | None:
     axes.set(xlabel="sequence length N", ylabel="head_dim")
     axes.grid(visible=False)
     bar = figure.colorbar(image, ax=axes, format="%.2g", label="ratio of medians")
-    ticks = [tick for tick in (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6) if norm.vmin <= tick <= norm.vmax]
+    ticks = [tick for tick in (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6) if low <= tick <= high]
     bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
     bar.minorticks_off()
     return figure

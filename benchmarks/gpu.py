@@ -227,7 +227,8 @@ def _correct(options: argparse.Namespace, slug: str, facts: dict[str, Any]) -> s
         red |= kernels
         facts["correctness"][backend] = figures
         print(
-            f"{backend}: {figures['cases']} cases ({figures['cannot']} not for it, {figures['not reached']} not reached), "
+            f"{backend}: {figures['cases']} cases ({figures['cannot']} not for it, "
+            f"{figures['not reached']} not reached), "
             f"{len(figures['misses'])} misses",
             *figures["misses"], sep="\n  ", flush=True,
         )  # fmt: skip

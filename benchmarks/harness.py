@@ -9,10 +9,11 @@ from __future__ import annotations
 import csv
 import functools
 import hashlib
+import importlib
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -172,7 +173,7 @@ def _row(contest: Contest, machine: Machine, entry: Entry, peer: Entry | None, t
         ours_eager=_median_ms(ours.eager), peer_eager=_median_ms(theirs.eager),
         ours_mib=round(ours.mib, 1), peer_mib=round(theirs.mib, 1),
         peer_version=peer.version if peer else "", driver=machine.driver, triton=triton_version(),
-        measured=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        measured=datetime.now(UTC).isoformat(timespec="seconds"),
     )  # fmt: skip
 
 
@@ -205,9 +206,8 @@ def capability() -> str:
     error = native.load_error()
     if error is not None:
         raise SystemExit(f"benchmarks: {error}")
-    from fastvit import _C
-
-    return str(_C.cpu_capability())
+    # As an attribute: a compiled module has no types to import.
+    return str(importlib.import_module("fastvit._C").cpu_capability())
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import platform
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -84,10 +84,7 @@ def measure(
     with torch.inference_mode():
         peaks = {harness.short(dtype): round(matrix_rate(device, dtype, sizes), 2) for dtype in dtypes}
         bandwidth = round(copy_bandwidth(device, size), 2)
-    if device == "cuda":
-        capability = "sm_{}{}".format(*torch.cuda.get_device_capability())
-    else:
-        capability = harness.capability()
+    capability = "sm_{}{}".format(*torch.cuda.get_device_capability()) if device == "cuda" else harness.capability()
     threads = 0 if device == "cuda" else torch.get_num_threads()
     return Machine(device, device_name(device), capability, threads, driver(device), peaks, bandwidth)
 
@@ -117,7 +114,7 @@ def environment(machines: list[Machine]) -> dict[str, Any]:
 
     collected = {key: str(value) for key, value in collect_env.get_env_info()._asdict().items()}
     return {
-        "measured": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "measured": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": harness.commit(),
         "sources": {backend: harness.source_hash(backend) for backend in harness.SOURCES},
         "fastvit": fastvit.__version__,

@@ -246,7 +246,8 @@ def measure_one(work: Work, machine: Machine, options: Options, repeats: int) ->
     costly = options.all_peers or (options.device == "cuda" and work.tier == 0)
     try:
         outcome = harness.run(CONTESTS[work.kind](work, machine.device, green, costly), machine, repeats)
-    except Exception as error:  # noqa: BLE001 - an unattended run goes on with the next case, and says why.
+    except Exception as error:
+        # An unattended run goes on with the next case, and says why.
         outcome = Outcome(notes=[f"{work.label}: failed: {first_line(error)}"])
     outcome.notes = notes + outcome.notes
     return outcome

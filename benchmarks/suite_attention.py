@@ -122,9 +122,9 @@ def data(
         return torch.randn(*sizes, generator=generator, device=device).to(dtype)
 
     if layout == "packed":
-        tensors, output = [normal(batch, seqlen, 3, heads, dim)], (batch, seqlen, heads * dim)
+        tensors, output = [normal(batch, seqlen, 3, heads, dim)], [batch, seqlen, heads * dim]
     else:
-        tensors, output = [normal(batch, heads, seqlen, dim) for _ in range(3)], (batch, heads, seqlen, dim)
+        tensors, output = [normal(batch, heads, seqlen, dim) for _ in range(3)], [batch, heads, seqlen, dim]
     bias = normal(1, heads, seqlen, seqlen) if shape.bias else None
     grad = normal(*output)
     return [tensor.requires_grad_(shape.mode != "forward") for tensor in tensors], bias, grad

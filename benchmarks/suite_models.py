@@ -61,8 +61,8 @@ def create(shape: ModelShape, dtype: torch.dtype, device: str) -> nn.Module:
 
     torch.manual_seed(0)
     vit = shape.vit
-    sizes = {"img_size": vit.image, "patch_size": vit.patch}
-    # timm has no name for every combination of size, patch and resolution: any name of this width takes both as options.
+    sizes: dict[str, Any] = {"img_size": vit.image, "patch_size": vit.patch}
+    # timm has no name for every size, patch and resolution together: any name of this width takes both as options.
     base = shape.name.replace("patch14_518", "patch16_224")
     for suffix in ("384", "224"):
         name = base if timm.is_model(base) else f"{base.rsplit('_', 1)[0]}_{suffix}"
@@ -71,7 +71,7 @@ def create(shape: ModelShape, dtype: torch.dtype, device: str) -> nn.Module:
             break
     else:
         raise ImportError(f"this timm has no {shape.name}")
-    nn.init.normal_(model.head.weight, std=0.02)
+    nn.init.normal_(model.get_parameter("head.weight"), std=0.02)
     return model.to(device, dtype).train(shape.training)
 
 

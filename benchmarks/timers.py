@@ -79,14 +79,14 @@ def difference(reference: object, result: object) -> float:
     return worst
 
 
-class Differs(RuntimeError):
+class DiffersError(RuntimeError):
     """A way does not do what the first one does."""
 
 
 def _check_same(entry: Entry, reference: object, result: object) -> None:
     error = difference(reference, result)
     if error > SAME_WITHIN:
-        raise Differs(f"its result differs from the first one's by {error:.2g} of its norm, so it is not timed")
+        raise DiffersError(f"its result differs from the first one's by {error:.2g} of its norm, so it is not timed")
 
 
 def measure(entries: Sequence[Entry], repeats: int, device: str) -> tuple[dict[str, Times], dict[str, str]]:
@@ -104,7 +104,8 @@ def _on_host(entries: Sequence[Entry], repeats: int) -> tuple[dict[str, Times], 
                 result = call()
             reference = result if reference is None else reference
             _check_same(entry, reference, result)
-        except Exception as error:  # noqa: BLE001 - whatever a peer raises is its reason, and costs no other row.
+        except Exception as error:
+            # Whatever a peer raises is its reason, and costs no other row.
             absent[entry.name] = first_line(error)
             continue
         start = time.perf_counter()
@@ -136,7 +137,8 @@ def _on_device(entries: Sequence[Entry], repeats: int) -> tuple[dict[str, Times]
                 _check_same(entry, reference, result)
                 del result
                 replay = _captured(call, stream) if entry.graph else None
-            except Exception as error:  # noqa: BLE001 - whatever a peer raises is its reason, and costs no other row.
+            except Exception as error:
+                # Whatever a peer raises is its reason, and costs no other row.
                 absent[entry.name] = first_line(error)
                 torch.cuda.synchronize()
                 continue

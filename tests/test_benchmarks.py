@@ -130,7 +130,12 @@ def same_on_both_sides(contest: Contest) -> None:
 
 def test_the_compiled_stem_is_compiled_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
-    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(function) or function)
+
+    def keep(function: Any, **options: Any) -> Any:
+        compiled.append(function)
+        return function
+
+    monkeypatch.setattr(torch, "compile", keep)
     contest = suite_patch_embed.contest(tiny_patches("stem compiled"), "cpu", ("cpu",))
     assert len(compiled) == 2
     assert [peer.name for peer in contest.peers] == ["Conv2d stem compiled", "Conv2d stem"]

@@ -103,8 +103,8 @@ def test_correctness_goes_on_where_it_ended(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_red_kernels_are_named_one_by_one() -> None:
-    common = {"op": "attention", "dtype": "bfloat16"}
-    entries = {
+    common: dict[str, Any] = {"op": "attention", "dtype": "bfloat16"}
+    entries: dict[str, dict[str, Any]] = {
         "good": common | {"state": "ran", "ratios": {"output": 0.5, "lse": 1.0, "grad_query": 0.9}},
         "backward is wrong": common | {"state": "ran", "ratios": {"output": 0.5, "grad_query": 1.01}},
         "cannot": common | {"state": "cannot", "dtype": "float32"},
