@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks import cases, compare, harness, report, roofline, runner, tables
+from benchmarks import cases, compare, harness, report, roofline, runner, suite_overhead, tables
 
 NARROWEST = 150
 # What `make bench` measures when it is not told: the telling cases and the sweeps.
@@ -45,8 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def suite(suites: tuple[str, ...], arguments: list[str], device: str = "") -> int:
     """Run suites on a device and print their table."""
-    options, listing = _options(suites, arguments, device)
-    if listing:
+    options, got = _options(suites, arguments, device)
+    if got.list:
         for work in cases.select(options.device, suites, options.words, options.last_tier, options.quick):
             print(f"tier {work.tier}  {work.label}")
         return 0
@@ -54,7 +54,10 @@ def suite(suites: tuple[str, ...], arguments: list[str], device: str = "") -> in
         print("benchmarks: torch finds no CUDA device on this machine; nothing was run")
         return 3
     console = Console(width=None if Console().is_terminal else NARROWEST)
-    result = runner.run(options, console)
+    facts = {"wheel": suite_overhead.build_wheel()} if got.build else {}
+    for name, value in facts.items():
+        console.print(f"{name}: {value}", soft_wrap=True)
+    result = runner.run(options, console, facts)
     if result.rows:
         tables.show(result.rows, console)
     for note in sorted(set(result.notes)):
@@ -64,7 +67,7 @@ def suite(suites: tuple[str, ...], arguments: list[str], device: str = "") -> in
     return 0 if result.rows else 1
 
 
-def _options(suites: tuple[str, ...], arguments: list[str], device: str) -> tuple[runner.Options, bool]:
+def _options(suites: tuple[str, ...], arguments: list[str], device: str) -> tuple[runner.Options, argparse.Namespace]:
     parser = argparse.ArgumentParser(prog="python -m benchmarks SUITE", description=__doc__)
     if not device:
         automatic = "cuda" if torch.cuda.is_available() else "cpu"
@@ -79,6 +82,7 @@ def _options(suites: tuple[str, ...], arguments: list[str], device: str) -> tupl
     parser.add_argument("--repeats", type=int, default=0, metavar="N", help="samples per case (CPU: 15, GPU: 30)")
     parser.add_argument("--threads", type=int, nargs="+", metavar="N", help="CPU: numbers of threads (1 and all)")
     parser.add_argument("--all-peers", action="store_true", help="also peers that compile for every shape")
+    parser.add_argument("--build", action="store_true", help="first build a wheel: its time and size, in minutes")
     parser.add_argument("--again", action="store_true", help="measure fresh rows anew")
     parser.add_argument("--out", type=Path, help="CSV, or a folder for <device>-<date>.csv (benchmarks/results)")
     got = parser.parse_args(arguments)
@@ -89,7 +93,7 @@ def _options(suites: tuple[str, ...], arguments: list[str], device: str) -> tupl
     options = runner.Options(
         chosen, suites, got.words, tier, got.quick, got.budget, got.repeats, threads, out, got.again, got.all_peers
     )
-    return options, got.list
+    return options, got
 
 
 if __name__ == "__main__":

@@ -10,11 +10,13 @@ says so in one line and exits 3; exit status 1 is a red case.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,8 @@ def build() -> dict[str, Any]:
         cwd=harness.ROOT, env={**os.environ, "TORCH_CUDA_ARCH_LIST": name}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     figures: dict[str, Any] = {"architecture": name, "seconds": round(time.perf_counter() - start, 1)}
+    libraries = (harness.ROOT / "fastvit").glob("_C.*")
+    figures["native_mib"] = round(sum(path.stat().st_size for path in libraries) / 2**20, 2)
     if result.returncode:
         figures["error"] = (result.stderr or result.stdout)[-3000:]
         print(f"the build failed, so the kernels that are there are measured:\n{figures['error']}", flush=True)
@@ -99,8 +103,43 @@ def sanitize(seconds: float) -> dict[str, str]:
     return said
 
 
+TOO_LONG = -1000
+
+
+def logged(command: list[str], seconds: float, log: Path) -> int:
+    """Run a command, print what it says and append it to ``log``; return its exit status, or TOO_LONG."""
+    late = threading.Event()
+    with (
+        open(log, "a") as file,
+        subprocess.Popen(
+            command, cwd=harness.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        ) as process,
+    ):  # fmt: skip
+
+        def end() -> None:
+            late.set()
+            process.kill()
+
+        timer = threading.Timer(seconds, end)
+        timer.start()
+        try:
+            for line in process.stdout or ():
+                print(line, end="", flush=True)
+                file.write(line)
+                file.flush()
+            status = process.wait()
+        finally:
+            # After an interrupt, which reaches both, it is still writing its last rows.
+            timer.cancel()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=30)
+    return TOO_LONG if late.is_set() else status
+
+
 def suites(options: argparse.Namespace, red: set[tuple[str, str, str]], facts: dict[str, Any], end: float) -> bool:
     """Run the suites in a process; begin another behind a case that lost the device. Return whether none did."""
+    log = options.out / "gpu.log"
     state = options.out / "gpu-state.json"
     content = {"red": sorted(red), "skip": [], "facts": facts}
     lost = False
@@ -113,10 +152,9 @@ def suites(options: argparse.Namespace, red: set[tuple[str, str, str]], facts: d
             command = [sys.executable, "-m", "benchmarks.gpu", "--suites", str(state), "--budget", str(left)]
             command += ["--out", str(options.out), "-k", options.words, "--device", options.device]
             command += ["--again"] * options.again + ["--quick"] * options.quick
-            try:
-                # The last case may begin just before the end: a model in float64, or one that compiles.
-                status = subprocess.run(command, cwd=harness.ROOT, check=False, timeout=left + 90).returncode
-            except subprocess.TimeoutExpired:
+            # The last case may begin just before the end: a model in float64, or one that compiles.
+            status = logged(command, left + 90, log)
+            if status == TOO_LONG:
                 print("the suites did not end with the budget: does a kernel wait for ever?", flush=True)
                 return False
             content = json.loads(state.read_text())
@@ -154,16 +192,13 @@ def child(options: argparse.Namespace) -> int:
     return {"interrupted": 130, runner.LOST: LOST}.get(result.ended, 0)
 
 
-def forms(seconds: float) -> str:
+def forms(seconds: float, log: Path) -> str:
     """Run benchmarks.cuda_forms last, in a process of its own; return what it ended with."""
-    try:
-        result = subprocess.run(
-            [sys.executable, "-m", "benchmarks.cuda_forms"], cwd=harness.ROOT, check=False, timeout=seconds
-        )
-    except subprocess.TimeoutExpired:
+    status = logged([sys.executable, "-m", "benchmarks.cuda_forms"], seconds, log)
+    if status == TOO_LONG:
         return f"stopped after {seconds:.0f} s; does a kernel wait for ever?"
     # 3: no GPU of compute capability 9.0.
-    return {0: "green", 3: "not this architecture"}.get(result.returncode, f"exit status {result.returncode}")
+    return {0: "green", 3: "not this architecture"}.get(status, f"exit status {status}")
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -207,7 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
             print("\n".join(f"compute-sanitizer: {tool}: {what}" for tool, what in facts["sanitizer"].items()))
         whole = suites(options, red, facts, end)
         if options.device == "cuda" and not options.words and not options.quick:
-            last = forms(min(FORMS_SECONDS, max(options.budget * FORMS, 20.0)))
+            last = forms(min(FORMS_SECONDS, max(options.budget * FORMS, 20.0)), options.out / "gpu.log")
             print(f"benchmarks.cuda_forms: {last}")
             whole = whole and not last.startswith(("exit", "stopped"))
     except KeyboardInterrupt:

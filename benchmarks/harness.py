@@ -251,9 +251,13 @@ def is_stale(rows: Iterable[Row]) -> bool:
 
 
 def is_fresh(row: Row, machine: Machine) -> bool:
-    """Return whether measuring ``row`` again would measure the same thing: device, versions and kernel sources."""
+    """Return whether measuring ``row`` again would measure the same thing: device, versions and kernel sources.
+
+    Of the driver the branch counts ("580"): the machines of several leases differ in the numbers behind it.
+    """
+    branches = row.driver.split(".")[0], machine.driver.split(".")[0]
     return (
-        (row.device, row.capability, row.driver) == (machine.name, machine.capability, machine.driver)
+        (row.device, row.capability, branches[0]) == (machine.name, machine.capability, branches[1])
         and (row.torch, row.fastvit, row.triton) == (torch.__version__, fastvit.__version__, triton_version())
         and row.samples > 0
         and not is_stale([row])

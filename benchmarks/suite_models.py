@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import fastvit
 from benchmarks import formulas
 from benchmarks.cases import ModelShape, Work
+from benchmarks.formulas import VitShape
 from benchmarks.harness import Contest
 from benchmarks.roofline import installed
 from benchmarks.timers import Call, Entry, first_line
@@ -27,7 +29,7 @@ def contest(work: Work, device: str, backends: Sequence[str], costly: bool = Fal
     """Return the contest of one model in one mode, like against like: swapped and not, both compiled, and so on."""
     shape: ModelShape = work.details
     try:
-        model = create(shape, work.dtype, device)
+        model = create(shape.name, shape.vit, shape.training, work.dtype, device)
     except ImportError as error:
         return Contest(work.suite, work.case, work.dtype, (), (), {}, absent={"timm": first_line(error)})
     rules, absent = gate(model, shape, work.dtype, device, backends)
@@ -55,24 +57,26 @@ def contest(work: Work, device: str, backends: Sequence[str], costly: bool = Fal
     )
 
 
-def create(shape: ModelShape, dtype: torch.dtype, device: str) -> nn.Module:
+# Batches and modes of one model follow one another; drawing the weights of a large one takes many seconds.
+@functools.lru_cache(maxsize=1)
+def create(name: str, vit: VitShape, training: bool, dtype: torch.dtype, device: str) -> nn.Module:
     """Return the timm model with random weights, its head drawn too: zeros would hide every error."""
     import timm
 
     torch.manual_seed(0)
-    vit = shape.vit
     sizes: dict[str, Any] = {"img_size": vit.image, "patch_size": vit.patch}
     # timm has no name for every size, patch and resolution together: any name of this width takes both as options.
-    base = shape.name.replace("patch14_518", "patch16_224")
+    base = name.replace("patch14_518", "patch16_224")
     for suffix in ("384", "224"):
         name = base if timm.is_model(base) else f"{base.rsplit('_', 1)[0]}_{suffix}"
         if timm.is_model(name):
-            model = timm.create_model(name, **sizes)
+            with torch.device(device):
+                model = timm.create_model(name, **sizes)
             break
     else:
-        raise ImportError(f"this timm has no {shape.name}")
+        raise ImportError(f"this timm has no {name}")
     nn.init.normal_(model.get_parameter("head.weight"), std=0.02)
-    return model.to(device, dtype).train(shape.training)
+    return model.to(device, dtype).train(training)
 
 
 def gate(

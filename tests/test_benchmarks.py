@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -172,6 +173,23 @@ def test_overhead_contests() -> None:
     program = suite_overhead._first_call("cpu", "cpu")
     compile(program, "program", "exec")
     suite_overhead._process("pass")()
+
+
+def test_the_wheel_is_built_and_weighed(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def pip(command: list[str], **options: Any) -> Any:
+        seen.append((command, options["env"].get("TORCH_CUDA_ARCH_LIST")))
+        folder = Path(command[command.index("--wheel-dir") + 1])
+        if len(seen) == 1:
+            (folder / "x.whl").write_bytes(b"0" * 2**20)
+        return SimpleNamespace(returncode=len(seen) - 1, stdout="", stderr="first\nno compiler")
+
+    monkeypatch.setattr(suite_overhead.subprocess, "run", pip)
+    built = suite_overhead.build_wheel("9.0a")
+    assert (built["wheel_mib"], built["architectures"], seen[0][1]) == (1.0, "9.0a", "9.0a")
+    assert "--no-index" in seen[0][0]
+    assert suite_overhead.build_wheel()["why not"] == "pip wheel: exit status 1: no compiler"
 
 
 def test_why_a_peer_is_absent() -> None:

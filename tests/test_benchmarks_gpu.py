@@ -166,15 +166,13 @@ def test_a_red_kernel_stops_its_own_speed_alone() -> None:
 def rehearsal(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Have the processes of ``make gpu`` run in this one, and return their arguments."""
     started: list[list[str]] = []
-    real = subprocess.run
 
-    def process(command: list[str], **options: Any) -> Any:
-        if command[:3] != [sys.executable, "-m", "benchmarks.gpu"]:
-            return real(command, **options)
+    def process(command: list[str], seconds: float, log: Path) -> int:
+        assert command[:3] == [sys.executable, "-m", "benchmarks.gpu"]
         started.append(command[3:])
-        return SimpleNamespace(returncode=gpu.main(command[3:]))
+        return gpu.main(command[3:])
 
-    monkeypatch.setattr(gpu.subprocess, "run", process)
+    monkeypatch.setattr(gpu, "logged", process)
     monkeypatch.setattr(
         roofline, "measure", lambda *args, **kwargs: dataclasses.replace(MACHINE, threads=torch.get_num_threads())
     )
@@ -239,6 +237,19 @@ def test_the_suites_go_on_behind_a_case_that_lost_the_device(
     assert "the suites go on without it" in capsys.readouterr().out
 
 
+def test_a_process_is_logged_and_one_that_waits_for_ever_is_ended(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "log"
+    program = "import sys; print('out'); print('err', file=sys.stderr); sys.exit(7)"
+    assert gpu.logged([sys.executable, "-c", program], 60.0, log) == 7
+    assert sorted(log.read_text().split()) == ["err", "out"]
+    assert sorted(capsys.readouterr().out.split()) == ["err", "out"]
+    start = time.monotonic()
+    assert gpu.logged(["sleep", "60"], 0.2, log) == gpu.TOO_LONG
+    assert time.monotonic() - start < 30
+
+
 class FakeEvent:
     log: list[str]
 
@@ -274,7 +285,8 @@ def test_on_a_device_each_replay_has_a_cold_cache_and_entries_take_turns(monkeyp
     fake = SimpleNamespace(
         Stream=lambda: SimpleNamespace(wait_stream=lambda other: None), current_stream=lambda: None, CUDAGraph=Graph,
         graph=capture, Event=FakeEvent, stream=lambda stream: contextlib.nullcontext(), synchronize=lambda: None,
-        reset_peak_memory_stats=lambda: None, max_memory_allocated=lambda: 3 << 20, empty_cache=lambda: None,
+        reset_peak_memory_stats=lambda: None, max_memory_allocated=lambda: 5 << 20,
+        memory_allocated=lambda: 2 << 20, empty_cache=lambda: None,
     )  # fmt: skip
     monkeypatch.setattr(timers.torch, "cuda", fake)
     monkeypatch.setattr(timers, "DEVICE", "cpu")
