@@ -134,7 +134,8 @@ MODELS: tuple[tuple[str, VitShape], ...] = (
     ("vit_large_patch16_384", _vit("large", 384, 16)),
     ("vit_small_patch16_384", _vit("small", 384, 16)),
     ("vit_tiny_patch16_384", _vit("tiny", 384, 16)),
-    ("vit_huge_patch14_384", _vit("huge", 378, 14)),
+    # 384 is no multiple of 14.
+    ("vit_huge_patch14_378", _vit("huge", 378, 14)),
 )
 MODEL_BATCHES = {"cpu": (1, 8), "cuda": (256, 1, 32, 8)}
 
@@ -144,7 +145,9 @@ def attention(device: str) -> Iterator[Work]:
     first = DTYPES[device][0]
     for tier, works in ((0, _telling(device)), (1, _sweeps(device)), (2, _grid(device)), (3, _everything(device))):
         for dtype, layout, shape in works:
-            late = tier == 0 and (dtype != first or layout != "packed" or shape.mode == "backward")
+            # Backward alone says more than forward + backward only where it is a goal of its own: the first shape.
+            apart = shape.mode == "backward" and (shape.batch, shape.heads, shape.seqlen) != TELLING[device][0][:3]
+            late = tier == 0 and (dtype != first or layout != "packed" or apart)
             yield attention_work(shape, dtype, layout, 1 if late else tier)
 
 
@@ -256,6 +259,10 @@ def overhead(device: str) -> Iterator[Work]:
 
 
 SUITES = {"attention": attention, "patch_embed": patch_embed, "models": models, "overhead": overhead}
+# How many cases of a suite come in a turn of it.
+TURNS = {"attention": 3}
+# Where a peer is timed that compiles for each shape: seconds for each on a GPU.
+COSTLY = ("B256 H12 N197 D64", "B4 H16 N577 D64", "B16 H16 N1025 D64")
 # Two cases of each op, for a look and for CI.
 QUICK = {
     "cpu": ("B1 H12 N197 D64", "B64 H3 N49 D32", "B1 224² P16 D768"),
@@ -281,12 +288,17 @@ def select(
     ``words``: only works whose label has all of these words (as pytest's -k with "and").
     """
     found: dict[tuple[str, ...], Work] = {}
+    order: dict[tuple[str, ...], tuple[int, float]] = {}
     for name in suites:
+        counts = [0] * (last_tier + 1)
         for work in SUITES[name](device):
             wanted = all(word.lower() in f"{work.kind} {work.label}".lower() for word in words.split())
-            if work.tier <= last_tier and wanted and fits(work, device):
-                found.setdefault(work.key, work)
-    works = sorted(found.values(), key=lambda work: work.tier)
+            if work.tier <= last_tier and wanted and fits(work, device) and work.key not in found:
+                found[work.key] = work
+                order[work.key] = (work.tier, counts[work.tier] / TURNS.get(name, 1))
+                counts[work.tier] += 1
+    # Within a tier the suites take turns, so that a short run has something of each.
+    works = sorted(found.values(), key=lambda work: order[work.key])
     if quick:
         works = [work for work in works if work.tier == 0 and work.case in QUICK[device]]
     return works

@@ -210,6 +210,7 @@ def main(arguments: list[str] | None = None) -> int:
         figures.draw(path, harness.RESULTS / FIGURES_FOLDER)
     (harness.RESULTS / "REPORT.md").write_text(full(evidence()))
     README.write_text(updated(README.read_text(), content()))
+    print(f"drew {', '.join(path.name for path in evidence())} into README.md, results/REPORT.md and results/figures")
     return 0
 
 

@@ -30,6 +30,7 @@ from benchmarks.cases import Work
 from benchmarks.harness import Contest, Outcome, Row
 from benchmarks.roofline import Machine
 from benchmarks.timers import first_line
+from fastvit.commands.timing import Clock
 
 CONTESTS: dict[str, Callable[..., Contest]] = {
     "attention": suite_attention.contest,
@@ -39,6 +40,7 @@ CONTESTS: dict[str, Callable[..., Contest]] = {
 }
 BACKENDS = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 # How a run ends whose device has faulted: what comes after in the same process fails, whatever it is.
+BUSY = 0.1
 LOST = "the device is lost to this process"
 REPEATS = {"cpu": 15, "cuda": 30}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -85,7 +87,7 @@ class Report:
 def run(options: Options, console: Console | None = None, facts: dict[str, Any] | None = None) -> Report:
     """Run the suites within the budget; a keyboard interrupt ends the run and loses no finished row."""
     console = console or Console()
-    begin = time.monotonic()
+    begin, clock = time.monotonic(), Clock()
     report = Report(facts=facts or {})
     works = [
         work
@@ -115,7 +117,11 @@ def run(options: Options, console: Console | None = None, facts: dict[str, Any] 
         report.ended = "interrupted"
     finally:
         torch.set_num_threads(before)
+        # A reader must know whether the machine was idle; a CPU's rows are worth nothing if it was not.
+        report.facts["processors busy elsewhere"] = busy = round(clock.processors_busy_elsewhere(), 2)
         save(report)
+    if busy > BUSY:
+        console.print(f"other processes kept {busy} processors busy: these times are not to be trusted")
     console.print(
         f"{report.ended}: {report.new} new rows, {len(report.rows)} in all" + f", {report.path}" * bool(report.path),
         soft_wrap=True,
@@ -243,7 +249,7 @@ def measure_one(work: Work, machine: Machine, options: Options, repeats: int) ->
     if "torch._dynamo" in sys.modules:
         # A function that was compiled for eight shapes is given up: each case begins anew.
         torch._dynamo.reset()
-    costly = options.all_peers or (options.device == "cuda" and work.tier == 0)
+    costly = options.all_peers or (work.suite == "attention forward" and work.tier == 0 and work.case in cases.COSTLY)
     try:
         outcome = harness.run(CONTESTS[work.kind](work, machine.device, green, costly), machine, repeats)
     except Exception as error:

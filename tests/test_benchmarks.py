@@ -93,6 +93,15 @@ def test_a_gpu_has_the_models_of_the_plan_and_a_cpu_those_that_fit() -> None:
     assert any(not cases.fits(work, "cpu") for work in cases.select("cuda"))
 
 
+def test_a_short_run_has_something_of_each_suite() -> None:
+    first = [work.kind for work in cases.select("cuda")[:8]]
+    assert first.count("attention") >= 3
+    assert {"attention", "patch_embed", "models"} <= set(first)
+    tops = [work.label for work in cases.select("cuda", last_tier=0)]
+    assert "attention backward B256 H12 N197 D64 bfloat16 packed" in tops
+    assert all(any(name in label for label in tops) for name in cases.COSTLY)
+
+
 def test_selection_by_name() -> None:
     works = cases.select("cpu", words="N197 BFLOAT16 bias")
     assert works
