@@ -64,7 +64,7 @@ def create(name: str, vit: VitShape, training: bool, dtype: torch.dtype, device:
     import timm
 
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"img_size": vit.image, "patch_size": vit.patch}
+    sizes: dict[str, Any] = {"img_size": vit.image, "patch_size": vit.patch, "num_classes": vit.classes}
     # timm has no name for every size, patch and resolution together: any name of this width takes both as options.
     base = name.replace("patch14_518", "patch16_224")
     for suffix in ("384", "224"):
