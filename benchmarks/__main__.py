@@ -64,6 +64,8 @@ def suite(suites: tuple[str, ...], arguments: list[str], device: str = "") -> in
         console.print(f"not timed: {note}", markup=False, highlight=False, soft_wrap=True)
     if result.path:
         console.print(f"wrote {len(result.rows)} rows to {result.path}", soft_wrap=True)
+    if result.ended == runner.INTERRUPTED:
+        return 130
     return 0 if result.rows else 1
 
 

@@ -189,7 +189,7 @@ def child(options: argparse.Namespace) -> int:
     )  # fmt: skip
     for line in sorted(set(result.notes)):
         print(f"not timed: {line}")
-    return {"interrupted": 130, runner.LOST: LOST}.get(result.ended, 0)
+    return {runner.INTERRUPTED: 130, runner.LOST: LOST}.get(result.ended, 0)
 
 
 def forms(seconds: float, log: Path) -> str:
