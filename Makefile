@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 EXTRAS := models,viz,bench,test,lint
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: demo test check bench lint format gpu clean
+.PHONY: demo test check bench bench-cpu report lint format gpu clean
 
 demo: $(VENV)/.built
 	$(BIN)/fastvit demo $(ARGS)
@@ -17,8 +17,12 @@ test: $(VENV)/.built $(VENV)/.emulator
 check: $(VENV)/.built
 	$(BIN)/fastvit check $(ARGS)
 
-bench: $(VENV)/.built
-	$(BIN)/python -m benchmarks.cpu $(ARGS)
+# The CPU's tables, and its rows in benchmarks/results; then `make report` draws README's table and the figures.
+bench bench-cpu: $(VENV)/.built
+	$(BIN)/python -m benchmarks cpu $(ARGS)
+
+report: $(VENV)/.built
+	$(BIN)/python -m benchmarks report $(ARGS)
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .
@@ -31,8 +35,10 @@ format: $(VENV)/.built
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-gpu: $(VENV)/.built
-	$(BIN)/python -m benchmarks.gpu $(ARGS)
+# With what is there: a machine with a GPU may have no network, and its own torch. BUDGET=seconds OUT=folder.
+gpu: GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+gpu:
+	@BUDGET=$(BUDGET) OUT=$(OUT) $(GPU_PYTHON) -m benchmarks gpu $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info fastvit/_C.* fastvit/_emulator.*

@@ -1,1 +1,6 @@
-"""Benchmarks: cases → harness → results/*.csv → the tables of README.md."""
+"""Benchmarks: cases → contests → rows → figures. ``python -m benchmarks`` is the one entry point.
+
+cases.py has what is measured, as data; suite_*.py make contests of it (peers.py has the rivals); harness.py applies the
+gate and makes rows, with timers.py and, for the roofs, roofline.py and formulas.py; runner.py goes through a run.
+gpu.py is ``make gpu``, with correctness.py before it. compare.py, tables.py, report.py and figures.py read rows.
+"""

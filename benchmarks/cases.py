@@ -1,153 +1,304 @@
-"""The contests: what is timed against what, each checked by the tolerance rule when it is made."""
+"""What is measured, as data: the same lists for a CPU and a GPU, in order of value.
+
+A case says its ``tier``: 0 are the most telling (the goals, and what the README shows), 1 the sweeps over N and d, 2
+the grid behind the heat maps, 3 everything else. A run takes tier after tier, so that whenever the time ends what was
+measured is what matters most. A CPU takes the cases whose work fits it (``CPU_FLOP``), with smaller batches.
+"""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-import fastvit
-from benchmarks.harness import Contest, attention_flop, patch_embed_flop
-from fastvit.testing import AttentionCase, PatchEmbedCase, check_attention, check_patch_embed, compare
+from benchmarks.formulas import VitShape, attention_flop
+from benchmarks.harness import short
 
-# (batch, heads, seqlen, head_dim): ViT-B, batched; ViT-Ti; ViT-S/14; ViT-B at 384; long; ViT-H; DINOv2; windows.
-ATTENTION_SHAPES = (
-    (1, 12, 197, 64),
-    (8, 12, 197, 64),
-    (8, 3, 197, 64),
-    (8, 6, 257, 64),
-    (4, 12, 577, 64),
-    (2, 16, 1025, 64),
-    (2, 16, 257, 80),
-    (1, 16, 1370, 64),
-    (64, 3, 49, 32),
-    (64, 3, 50, 32),
-)
+SEQLENS = (49, 50, 64, 196, 197, 256, 257, 577, 785, 1024, 1025, 1370, 4096)
+HEAD_DIMS = (32, 64, 72, 80, 96, 128)
+DTYPES = {"cpu": (torch.float32, torch.bfloat16, torch.float16), "cuda": (torch.bfloat16, torch.float16, torch.float32)}
+MODES = ("forward", "backward", "forward + backward")
+LAYOUTS = ("packed", "separate")
+# The FLOP that a case of the sweeps is given by its batch, and the most that a CPU takes on.
+SWEEP_FLOP = {"cpu": 1e9, "cuda": 1.2e11}
+CPU_FLOP = 2e10
+CPU_IMAGES = 16
+
+
+@dataclass(frozen=True)
+class Work:
+    """One thing to measure. ``suite`` and ``case`` are its columns in the rows; ``details`` what it is made from."""
+
+    suite: str
+    case: str
+    dtype: torch.dtype
+    tier: int
+    kind: str
+    details: Any
+    layout: str = ""
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """The columns that name it."""
+        return self.suite, self.case, short(self.dtype), self.layout
+
+    @property
+    def label(self) -> str:
+        """The columns that name it, in one line."""
+        return " ".join(filter(None, self.key))
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Sizes of self-attention, and what is timed of it."""
+
+    batch: int
+    heads: int
+    seqlen: int
+    head_dim: int
+    mode: str = "forward"
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class PatchShape:
+    """Sizes of a patch embedding; ``mode`` also "stem", "stem compiled" and "tubelet" (two frames deep)."""
+
+    batch: int
+    image: int
+    patch: int
+    embed_dim: int
+    mode: str = "forward"
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A timm model; ``mode`` is eager, compiled or graphed, ``training`` a whole step instead of inference."""
+
+    name: str
+    vit: VitShape
+    batch: int
+    mode: str = "eager"
+    training: bool = False
+
+
+# (batch, heads, seqlen, head_dim, bias). On a CPU: ViT-B, batched; ViT-Ti; ViT-S/14; ViT-B at 384; long; ViT-H; DINOv2;
+# windows. On a GPU: the goals of the project, in its order.
+TELLING: dict[str, tuple[tuple[int, int, int, int, bool], ...]] = {
+    "cpu": (
+        (1, 12, 197, 64, False), (8, 12, 197, 64, False), (64, 3, 49, 32, False), (8, 3, 197, 64, False),
+        (8, 6, 257, 64, False), (4, 12, 577, 64, False), (2, 16, 1025, 64, False), (2, 16, 257, 80, False),
+        (1, 16, 1370, 64, False), (64, 3, 50, 32, False), (64, 3, 49, 32, True), (8, 12, 197, 64, True),
+    ),
+    "cuda": (
+        (256, 12, 197, 64, False), (64, 16, 257, 80, False), (2048, 12, 49, 32, True), (4, 16, 577, 64, False),
+        (64, 16, 257, 64, False), (16, 16, 1025, 64, False), (16, 16, 1370, 64, False), (2, 12, 4096, 64, False),
+        (64, 12, 577, 64, False), (1, 12, 197, 64, False),
+    ),
+}  # fmt: skip
 # (batch, image side, patch, embed_dim)
-PATCH_EMBED_SHAPES = (
-    (1, 224, 16, 768),
-    (8, 224, 16, 768),
-    (8, 224, 16, 192),
-    (8, 224, 16, 384),
-    (4, 224, 32, 768),
-    (1, 384, 16, 768),
-    (2, 518, 14, 384),
-    (2, 224, 14, 1280),
+PATCHES: dict[str, tuple[tuple[int, int, int, int], ...]] = {
+    "cpu": (
+        (1, 224, 16, 768), (8, 224, 16, 768), (8, 224, 16, 192), (8, 224, 16, 384), (4, 224, 32, 768),
+        (1, 384, 16, 768), (2, 518, 14, 384), (2, 224, 14, 1280),
+    ),
+    "cuda": (
+        (256, 224, 16, 768), (64, 518, 14, 1024), (256, 224, 14, 1280), (256, 224, 16, 192), (64, 384, 16, 768),
+        (256, 224, 32, 768), (256, 224, 8, 384), (1, 224, 16, 768),
+    ),
+}  # fmt: skip
+# name, width, mlp, depth
+_SIZES = {
+    "tiny": (192, 768, 12), "small": (384, 1536, 12), "base": (768, 3072, 12), "large": (1024, 4096, 24),
+    "huge": (1280, 5120, 32),
+}  # fmt: skip
+
+
+def _vit(size: str, image: int, patch: int) -> VitShape:
+    width, mlp, depth = _SIZES[size]
+    return VitShape(image, patch, width, mlp, depth)
+
+
+# The timm names; an image size that the name does not have is given to create_model.
+MODELS: tuple[tuple[str, VitShape], ...] = (
+    ("vit_base_patch16_224", _vit("base", 224, 16)),
+    ("vit_base_patch16_384", _vit("base", 384, 16)),
+    # Without LayerScale, so that its formula is that of a plain ViT: the 224 model at the size of DINOv2.
+    ("vit_base_patch14_518", _vit("base", 518, 14)),
+    ("vit_large_patch16_224", _vit("large", 224, 16)),
+    ("vit_small_patch16_224", _vit("small", 224, 16)),
+    ("vit_tiny_patch16_224", _vit("tiny", 224, 16)),
+    ("vit_huge_patch14_224", _vit("huge", 224, 14)),
+    ("vit_large_patch16_384", _vit("large", 384, 16)),
+    ("vit_small_patch16_384", _vit("small", 384, 16)),
+    ("vit_tiny_patch16_384", _vit("tiny", 384, 16)),
+    # 384 is no multiple of 14.
+    ("vit_huge_patch14_378", _vit("huge", 378, 14)),
 )
-MODELS = ("vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224")
+MODEL_BATCHES = {"cpu": (1, 8), "cuda": (256, 1, 32, 8)}
 
 
-def attention_contests(
-    dtype: torch.dtype, mode: str, shapes: tuple[tuple[int, int, int, int], ...] = ATTENTION_SHAPES
-) -> Iterator[Contest]:
-    """Yield attention on a packed projection, [B, N, 3, H, D] → [B, N, H·D], ``mode`` forward, bias or backward."""
-    for batch, heads, seqlen, dim in shapes:
-        backward = mode == "backward"
-        shape = (1, heads, seqlen, seqlen)
-        case = AttentionCase(
-            min(batch, 2), heads, seqlen, seqlen, dim, dim, dtype, "additive" if mode == "bias" else None, shape
-        )
-        rule = max(result.ratio for result in check_attention(case, "cpu", backward=backward))
-        packed = torch.randn(batch, seqlen, 3, heads, dim, dtype=dtype, requires_grad=backward)
-        bias = torch.randn(shape, dtype=dtype) if mode == "bias" else None
-        grad = torch.randn(batch, seqlen, heads * dim, dtype=dtype)
-        yield Contest(
-            f"attention {mode}",
-            f"B{batch} H{heads} N{seqlen} D{dim}",
-            dtype,
-            _timed(_ours(packed, bias), packed, grad),
-            {"SDPA": _timed(_sdpa(packed, bias), packed, grad)},
-            attention_flop(batch, heads, seqlen, dim) * (3.5 if backward else 1.0),
-            rule,
-        )
+def attention(device: str) -> Iterator[Work]:
+    """Yield the attention suite."""
+    first = DTYPES[device][0]
+    for tier, works in ((0, _telling(device)), (1, _sweeps(device)), (2, _grid(device)), (3, _everything(device))):
+        for dtype, layout, shape in works:
+            # Backward alone says more than forward + backward only where it is a goal of its own: the first shape.
+            apart = shape.mode == "backward" and (shape.batch, shape.heads, shape.seqlen) != TELLING[device][0][:3]
+            late = tier == 0 and (dtype != first or layout != "packed" or apart)
+            yield attention_work(shape, dtype, layout, 1 if late else tier)
 
 
-def _ours(packed: Tensor, bias: Tensor | None) -> Callable[[], Tensor]:
-    return lambda: fastvit.attention_qkvpacked(packed, bias=bias, backend="cpu").flatten(2)
+def attention_work(shape: AttentionShape, dtype: torch.dtype, layout: str, tier: int) -> Work:
+    """Return the case of one shape."""
+    suite = f"attention {shape.mode}" + ", bias" * shape.bias
+    case = f"B{shape.batch} H{shape.heads} N{shape.seqlen} D{shape.head_dim}"
+    return Work(suite, case, dtype, tier, "attention", shape, layout)
 
 
-def _sdpa(packed: Tensor, bias: Tensor | None) -> Callable[[], Tensor]:
-    def call() -> Tensor:
-        query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)
-        return F.scaled_dot_product_attention(query, key, value, bias).transpose(1, 2).flatten(2)
-
-    return call
+Shapes = Iterator[tuple[torch.dtype, str, AttentionShape]]
 
 
-def _timed(forward: Callable[[], Tensor], leaves: Tensor | tuple[Tensor, ...], grad: Tensor) -> Callable[[], object]:
-    first = leaves[0] if isinstance(leaves, tuple) else leaves
-    if not first.requires_grad:
-        return torch.inference_mode()(forward)
-    return lambda: torch.autograd.grad(forward(), leaves, grad)
+def _telling(device: str) -> Shapes:
+    first = DTYPES[device][0]
+    for mode in ("forward", "forward + backward", "backward"):
+        for batch, heads, seqlen, dim, bias in TELLING[device]:
+            if mode == "forward" or not bias:
+                yield first, "packed", AttentionShape(batch, heads, seqlen, dim, mode, bias)
+    for dtype in DTYPES[device][1:]:
+        for batch, heads, seqlen, dim, bias in TELLING[device]:
+            yield dtype, "packed", AttentionShape(batch, heads, seqlen, dim, "forward", bias)
 
 
-def patch_embed_contests(
-    dtype: torch.dtype, mode: str, shapes: tuple[tuple[int, int, int, int], ...] = PATCH_EMBED_SHAPES
-) -> Iterator[Contest]:
-    """Yield patch embeddings of RGB images; ``mode`` forward, or backward (with forward; weight and bias)."""
-    for batch, side, patch, embed_dim in shapes:
-        backward = mode == "backward"
-        grid = side // patch
-        case = PatchEmbedCase(min(batch, 2), 3, (grid, grid), (patch, patch), embed_dim, dtype)
-        rule = max(result.ratio for result in check_patch_embed(case, "cpu", backward=backward))
-        images = torch.randn(batch, 3, side, side, dtype=dtype)
-        weight = torch.randn(embed_dim, 3, patch, patch).mul((3 * patch**2) ** -0.5).to(dtype)
-        bias, grad = torch.randn(embed_dim, dtype=dtype), torch.randn(batch, grid**2, embed_dim, dtype=dtype)
-        leaves = (weight.requires_grad_(backward), bias.requires_grad_(backward))
-        functions = {
-            "ours": _patch_embed(images, weight, bias),
-            "Conv2d": _conv(images, weight, bias),
-            "unfold + Linear": _linear(images, weight, bias),
-        }
-        ours, *peers = [_timed(function, leaves, grad) for function in functions.values()]
-        yield Contest(
-            f"patch_embed {mode}",
-            f"B{batch} {side}² P{patch} D{embed_dim}",
-            dtype,
-            ours,
-            dict(zip(list(functions)[1:], peers, strict=True)),
-            patch_embed_flop(batch, grid**2, embed_dim, 3 * patch**2) * (2.0 if backward else 1.0),
-            rule,
-        )
+def sized(device: str, seqlen: int, head_dim: int, mode: str = "forward", bias: bool = False) -> AttentionShape:
+    """Return a case of the sweeps: the width of ViT-B, with about the same FLOP as the others."""
+    heads = max(1, 768 // head_dim)
+    batch = max(1, round(SWEEP_FLOP[device] / attention_flop(1, heads, seqlen, head_dim)))
+    return AttentionShape(batch, heads, seqlen, head_dim, mode, bias)
 
 
-def _patch_embed(images: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], Tensor]:
-    return lambda: fastvit.patch_embed(images, weight, bias, backend="cpu")
+def _sweeps(device: str) -> Shapes:
+    dtype = DTYPES[device][0]
+    for mode in ("forward", "backward"):
+        for seqlen in SEQLENS:
+            yield dtype, "packed", sized(device, seqlen, 64, mode)
+        for head_dim in HEAD_DIMS:
+            yield dtype, "packed", sized(device, 257, head_dim, mode)
+    for seqlen in (49, 197, 577, 1025):
+        yield dtype, "packed", sized(device, seqlen, 64, bias=True)
+        yield dtype, "separate", sized(device, seqlen, 64)
 
 
-def _conv(images: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], Tensor]:
-    return lambda: F.conv2d(images, weight, bias, stride=weight.shape[2]).flatten(2).transpose(1, 2)
+def _grid(device: str) -> Shapes:
+    for mode in ("forward", "backward"):
+        for head_dim in HEAD_DIMS:
+            for seqlen in SEQLENS:
+                yield DTYPES[device][0], "packed", sized(device, seqlen, head_dim, mode)
 
 
-def _linear(images: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], Tensor]:
-    patch = weight.shape[2]
-    return lambda: F.linear(F.unfold(images, patch, stride=patch).transpose(1, 2), weight.flatten(1), bias)
+def _everything(device: str) -> Shapes:
+    for dtype in DTYPES[device]:
+        for mode in MODES:
+            for bias in (False, True):
+                for layout in LAYOUTS:
+                    for head_dim in HEAD_DIMS:
+                        for seqlen in SEQLENS:
+                            yield dtype, layout, sized(device, seqlen, head_dim, mode, bias)
 
 
-def model_contests(dtype: torch.dtype, batches: tuple[int, ...] = (1, 8)) -> Iterator[Contest]:
-    """Yield whole timm models, inference, as they are and swapped; the rule is applied to the logits."""
-    import timm
+def patch_embed(device: str) -> Iterator[Work]:
+    """Yield the patch-embedding suite."""
+    modes = ("forward", "stem compiled", "stem", "tubelet", "backward", "forward + backward")
+    for index, dtype in enumerate(DTYPES[device]):
+        for mode in modes:
+            for number, sizes in enumerate(PATCHES[device]):
+                shape = PatchShape(*sizes, mode)
+                if mode == "tubelet":
+                    shape = replace(shape, batch=max(1, shape.batch // 8))
+                case = f"B{shape.batch} {shape.image}² P{shape.patch} D{shape.embed_dim}"
+                # The compiled stem takes seconds to compile per shape, most of a minute on a CPU.
+                slow = mode == "stem compiled" and device == "cpu"
+                tier = (0 if mode == "forward" and (index == 0 or device == "cpu") else 1) + 2 * slow
+                if number >= (8 if mode == "forward" else 2):
+                    tier = 3
+                yield Work(f"patch_embed {mode}", case, dtype, tier, "patch_embed", shape)
 
-    for name in MODELS:
-        torch.manual_seed(0)
-        model = timm.create_model(name).eval().to(dtype)
-        torch.nn.init.normal_(model.head.weight, std=0.02)
-        swapped = copy.deepcopy(model)
-        fastvit.swap(swapped, backend="cpu")
-        for batch in batches:
-            images = torch.randn(batch, 3, 224, 224, dtype=dtype)
-            with torch.inference_mode():
-                exact = copy.deepcopy(model).double()(images.double())
-                rule = compare(swapped(images), exact, model(images)).ratio
-            yield Contest(
-                "model",
-                f"{name} B{batch}",
-                dtype,
-                torch.inference_mode()(lambda images=images, swapped=swapped: swapped(images)),
-                {"timm": torch.inference_mode()(lambda images=images, model=model: model(images))},
-                0.0,
-                rule,
-            )
+
+def models(device: str) -> Iterator[Work]:
+    """Yield whole models: inference in each mode, and a training step."""
+    dtype = DTYPES[device][0]
+    for number, (name, vit) in enumerate(MODELS):
+        for batch in MODEL_BATCHES[device]:
+            for mode in ("eager", "compiled", "graphed"):
+                if mode == "graphed" and device == "cpu":
+                    continue
+                shape = ModelShape(name, vit, batch, mode)
+                telling = mode == ("eager" if device == "cpu" else "compiled") and batch in MODEL_BATCHES[device][:2]
+                tier = (0 if number < 3 and telling else 1 if telling else 2) + 2 * (
+                    mode != "eager" and device == "cpu"
+                )
+                if device == "cpu" and vit.image > 224:
+                    tier = 3
+                yield Work(f"model inference, {mode}", f"{name} B{batch}", dtype, min(tier, 3), "models", shape)
+        for mode in ("eager", "compiled"):
+            batch = 64 if device == "cuda" else 4
+            shape = ModelShape(name, vit, batch, mode, training=True)
+            tier = (1 if number == 0 and mode == "eager" else 2) + (mode != "eager" and device == "cpu")
+            yield Work(f"model training step, {mode}", f"{name} B{batch}", dtype, tier, "models", shape)
+
+
+OVERHEADS = ("eager call", "eager call, backward", "import", "first call")
+
+
+def overhead(device: str) -> Iterator[Work]:
+    """Yield what is paid before any arithmetic: a tiny eager call, the import, the first call of a process."""
+    for index, what in enumerate(OVERHEADS):
+        yield Work(f"overhead {what}", "B1 H1 N16 D64", torch.float32, int(index > 0), "overhead", what)
+
+
+SUITES = {"attention": attention, "patch_embed": patch_embed, "models": models, "overhead": overhead}
+# How many cases of a suite come in a turn of it.
+TURNS = {"attention": 3}
+# Where a peer is timed that compiles for each shape: seconds for each on a GPU.
+COSTLY = ("B256 H12 N197 D64", "B4 H16 N577 D64", "B16 H16 N1025 D64")
+# Two cases of each op, for a look and for CI.
+QUICK = {
+    "cpu": ("B1 H12 N197 D64", "B64 H3 N49 D32", "B1 224² P16 D768"),
+    "cuda": ("B256 H12 N197 D64", "B2048 H12 N49 D32", "B256 224² P16 D768", "vit_base_patch16_224 B256"),
+}
+
+
+def fits(work: Work, device: str) -> bool:
+    """Return whether a CPU can take a case on: work per call and images per batch are bounded there."""
+    if device != "cpu":
+        return True
+    shape = work.details
+    if isinstance(shape, AttentionShape):
+        return attention_flop(shape.batch, shape.heads, shape.seqlen, shape.head_dim) <= CPU_FLOP
+    return getattr(shape, "batch", 1) <= CPU_IMAGES and "huge" not in getattr(shape, "name", "")
+
+
+def select(
+    device: str, suites: Sequence[str] = tuple(SUITES), words: str = "", last_tier: int = 3, quick: bool = False
+) -> list[Work]:
+    """Return the works of some suites that fit the device, tier by tier, each once.
+
+    ``words``: only works whose label has all of these words (as pytest's -k with "and").
+    """
+    found: dict[tuple[str, ...], Work] = {}
+    order: dict[tuple[str, ...], tuple[int, float]] = {}
+    for name in suites:
+        counts = [0] * (last_tier + 1)
+        for work in SUITES[name](device):
+            wanted = all(word.lower() in f"{work.kind} {work.label}".lower() for word in words.split())
+            if work.tier <= last_tier and wanted and fits(work, device) and work.key not in found:
+                found[work.key] = work
+                order[work.key] = (work.tier, counts[work.tier] / TURNS.get(name, 1))
+                counts[work.tier] += 1
+    # Within a tier the suites take turns, so that a short run has something of each.
+    works = sorted(found.values(), key=lambda work: order[work.key])
+    if quick:
+        works = [work for work in works if work.tier == 0 and work.case in QUICK[device]]
+    return works

@@ -1,68 +1,61 @@
-"""Correctness, then speed, of the Triton and CUDA kernels on a GPU: ``python -m benchmarks.gpu`` (``make gpu``).
+"""Everything that a machine with an NVIDIA GPU can show, unattended and without a network: ``make gpu``.
 
-A case that misses the tolerance rule is not timed. Attention meets each of SDPA's backends, pinned one at a time;
-times are of CUDA graphs, between events, with a buffer larger than the second-level cache written before each replay.
-Small cases of the CUDA kernels also run under compute-sanitizer, memcheck and racecheck, where there is one. Needs no
-network. Without a GPU it says so and exits 3.
+Builds for that architecture alone; applies the tolerance rule on the device (a red case stops the speed of that kernel
+and no other); runs small cases under compute-sanitizer where there is one; then the suites, the most telling cases
+first, until the budget is spent. Rows, environment and log are left in ``--out``, and a later run goes on where this
+one ended. A suite runs in a process of its own: a kernel that faults or waits for ever costs its case. Without a GPU it
+says so in one line and exits 3; exit status 1 is a red case.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import math
+import contextlib
+import json
+import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import fastvit
-from benchmarks import harness
-from benchmarks.harness import Row, attention_flop, patch_embed_flop
-from fastvit.testing import (
-    AttentionCase,
-    PatchEmbedCase,
-    check_attention,
-    check_patch_embed,
-    vit_attention_cases,
-    vit_patch_embed_cases,
-)
+from benchmarks import cases, correctness, harness, roofline, runner
 
-# (batch, heads, seqlen, head_dim), the most telling first.
-SHAPES = ((256, 12, 197, 64), (64, 16, 257, 80), (64, 12, 577, 64), (16, 16, 1025, 64), (16, 16, 1370, 64))
-PEERS = {
-    "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
-    "SDPA flash": SDPBackend.FLASH_ATTENTION,
-    "SDPA mem-efficient": SDPBackend.EFFICIENT_ATTENTION,
-}
-FLUSH_BYTES = 256 << 20
-BACKENDS = ("triton", "cuda")
-FORMS_SECONDS = 90
+BUDGET = 480.0
+# Parts of the budget: correctness must not leave nothing for speed, nor a sanitizer.
+CORRECTNESS, SANITIZER, FORMS = 0.4, 0.1, 0.15
+FORMS_SECONDS = 90.0
+RESTARTS = 5
+# What a suite's process ends with when the device's context is lost.
+LOST = 4
 
 
-def correctness(backend: str) -> list[str]:
-    """Apply the rule to a backend on the device; return one line per tensor that misses it or case that fails."""
-    misses = []
-    dtypes = [torch.bfloat16, torch.float16] + ([torch.float32] if backend == "triton" else [])
-    checks: list[tuple[object, Callable[[], list[fastvit.testing.Comparison]]]] = [
-        *((case, lambda case=case: check_attention(case, backend, "cuda")) for case in vit_attention_cases(dtypes)),
-        *((case, lambda case=case: check_patch_embed(case, backend, "cuda")) for case in vit_patch_embed_cases(dtypes)),
-    ]
-    for case, check in checks:
-        try:
-            misses += [f"{backend}: {case}: {result}" for result in check() if not result.passed]
-        except RuntimeError as error:
-            misses.append(f"{backend}: {case}: {str(error).splitlines()[0]}")
-    print(f"{backend} on {torch.cuda.get_device_name()}: {len(checks)} cases, {len(misses)} misses", flush=True)
-    return misses
+def architecture(capability: tuple[int, int]) -> str:
+    """Return what TORCH_CUDA_ARCH_LIST must be for one device: 9.0 in its own form, with wgmma and TMA."""
+    major, minor = capability
+    return f"{major}.{minor}" + "a" * ((major, minor) == (9, 0))
+
+
+def build() -> dict[str, Any]:
+    """Build fastvit._C in place for the architecture of device 0; return seconds and what went wrong, if anything."""
+    name = architecture(torch.cuda.get_device_capability())
+    print(f"building for {name} alone", flush=True)
+    start = time.perf_counter()
+    result = subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"],
+        cwd=harness.ROOT, env={**os.environ, "TORCH_CUDA_ARCH_LIST": name}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    figures: dict[str, Any] = {"architecture": name, "seconds": round(time.perf_counter() - start, 1)}
+    libraries = (harness.ROOT / "fastvit").glob("_C.*")
+    figures["native_mib"] = round(sum(path.stat().st_size for path in libraries) / 2**20, 2)
+    if result.returncode:
+        figures["error"] = (result.stderr or result.stdout)[-3000:]
+        print(f"the build failed, so the kernels that are there are measured:\n{figures['error']}", flush=True)
+    return figures
 
 
 # One small case of each kernel and form: sanitizers slow a kernel down by a factor of a hundred and more.
@@ -76,192 +69,208 @@ for patch, layout in ((16, "nchw"), (14, "nhwc")):
     check_patch_embed(case, "cuda", "cuda")
 torch.cuda.synchronize()
 """
+FOUND = 9
 
 
-def sanitize() -> list[str]:
-    """Run small cases of the CUDA kernels under compute-sanitizer; return what it found."""
+def sanitize(seconds: float) -> dict[str, str]:
+    """Run small cases of the CUDA kernels under compute-sanitizer; return what each tool said.
+
+    Only the exit status that the tool was given for findings is a finding: some virtual machines refuse the tool.
+    """
     program = shutil.which("compute-sanitizer")
     if program is None:
-        print("compute-sanitizer was not found on PATH: memcheck and racecheck were not run")
-        return []
-    found = []
+        return {"compute-sanitizer": "was not found on PATH"}
+    said = {}
     for tool in ("memcheck", "racecheck"):
         # PyTorch's own kernels are left out: their findings are not ours.
-        command = [program, "--tool", tool, "--error-exitcode", "9", "--kernel-name", "kernel_substring=fastvit"]
-        result = subprocess.run(
-            [*command, sys.executable, "-c", SANITIZED], capture_output=True, text=True, check=False
-        )
-        summary = next((line for line in result.stdout.splitlines()[::-1] if "SUMMARY" in line), "no summary")
-        print(f"compute-sanitizer {tool}: exit status {result.returncode}, {summary.strip('= ')}", flush=True)
-        if result.returncode:
-            found.append(f"compute-sanitizer {tool}:\n{(result.stdout + result.stderr)[-3000:]}")
-    return found
-
-
-def time_graph(function: Callable[[], object], repeats: int = 30) -> tuple[float, float, float]:
-    """Return p20, p50 and p80 in seconds of replays of ``function`` as a CUDA graph, each with a cold cache."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            function()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
-    times = []
-    for _ in range(repeats):
-        flush.zero_()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return harness.quantiles(times)
-
-
-Times = dict[str, tuple[float, float, float]]
-
-
-def _row(suite: str, case: str, backend: str, flop: float, rule: float, times: Times) -> Row:
-    ours = times[backend]
-    peer = min((name for name in times if name not in BACKENDS), key=lambda name: times[name][1], default="none")
-    theirs = times.get(peer, (math.nan,) * 3)
-    major, minor = torch.cuda.get_device_capability()
-    milliseconds = [round(value * 1e3, 5) for value in (*ours, *theirs)]
-    return Row(
-        suite, case, "bfloat16", 0, backend, peer, *milliseconds, round(theirs[1] / ours[1], 3),
-        round(flop / ours[1] / 1e9, 1), round(flop / theirs[1] / 1e9, 1), round(rule, 3),
-        torch.cuda.get_device_name(), f"sm_{major}{minor}", torch.__version__, fastvit.__version__, harness.commit(),
-        harness.source_hash(backend),
-    )  # fmt: skip
-
-
-def _timed(name: str, function: Callable[[], object], times: Times, label: str) -> None:
-    try:
-        times[name] = time_graph(function)
-    except RuntimeError as error:
-        print(f"{name}: absent for {label}: {str(error).splitlines()[0]}")
-
-
-def _rules(label: str, check: Callable[[str], list[fastvit.testing.Comparison]]) -> dict[str, float]:
-    """Return, for each backend that may be timed, its worst error as a part of what is allowed."""
-    rules = {}
-    for backend in BACKENDS:
+        options = ["--tool", tool, "--error-exitcode", str(FOUND), "--kernel-name", "kernel_substring=fastvit"]
+        command = [program, *options, sys.executable, "-c", SANITIZED]
         try:
-            worst = max(result.ratio for result in check(backend))
-        except RuntimeError as error:
-            print(f"{backend}: {label}: {str(error).splitlines()[0]}")
+            result = subprocess.run(
+                command, cwd=harness.ROOT, capture_output=True, text=True, check=False, timeout=seconds / 2
+            )
+        except subprocess.TimeoutExpired:
+            said[tool] = f"not finished after {seconds / 2:.0f} s"
             continue
-        if worst <= 1.0:
-            rules[backend] = worst
+        lines = result.stdout.splitlines()
+        summary = next((line.strip("= ") for line in reversed(lines) if "SUMMARY" in line), "no summary")
+        if result.returncode == 0:
+            said[tool] = f"clean: {summary}"
+        elif result.returncode == FOUND and "not supported" not in result.stdout:
+            said[tool] = f"FOUND: {summary}\n{(result.stdout + result.stderr)[-3000:]}"
         else:
-            print(f"{backend}: {label}: {worst:.2f} of what is allowed, so not timed")
-    return rules
+            said[tool] = f"could not run here: exit status {result.returncode}, {summary}"
+    return said
 
 
-def attention_rows() -> Iterator[Row]:
-    """Yield attention forward and backward, bfloat16, on packed projections."""
-    for batch, heads, seqlen, dim in SHAPES:
-        label = f"B{batch} H{heads} N{seqlen} D{dim}"
-        case = AttentionCase(2, heads, seqlen, seqlen, dim, dim, torch.bfloat16)
-        rules = _rules(label, lambda backend, case=case: check_attention(case, backend, "cuda"))
-        packed = torch.randn(batch, seqlen, 3, heads, dim, dtype=torch.bfloat16, device="cuda", requires_grad=True)
-        grad = torch.randn(batch, seqlen, heads, dim, dtype=torch.bfloat16, device="cuda")
-
-        def theirs(packed: torch.Tensor = packed) -> torch.Tensor:
-            query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)
-            return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
-
-        for mode, factor in (("forward", 1.0), ("forward + backward", 3.5)):
-            times: Times = {}
-            for backend in rules:
-
-                def ours(packed: torch.Tensor = packed, backend: str = backend) -> torch.Tensor:
-                    return fastvit.attention_qkvpacked(packed, backend=backend)
-
-                _timed(backend, _mode(ours, mode, packed, grad), times, label)
-            for name, pinned in PEERS.items():
-                with sdpa_kernel(pinned):
-                    _timed(name, _mode(theirs, mode, packed, grad), times, label)
-            flop = factor * attention_flop(batch, heads, seqlen, dim)
-            for backend in rules.keys() & times.keys():
-                yield _row(f"attention {mode}", label, backend, flop, rules[backend], times)
+TOO_LONG = -1000
 
 
-def _mode(
-    function: Callable[[], torch.Tensor], mode: str, packed: torch.Tensor, grad: torch.Tensor
-) -> Callable[[], object]:
-    if mode == "forward":
-        return torch.no_grad()(function)
-    return lambda: torch.autograd.grad(function(), packed, grad)
+def logged(command: list[str], seconds: float, log: Path) -> int:
+    """Run a command, print what it says and append it to ``log``; return its exit status, or TOO_LONG."""
+    late = threading.Event()
+    with (
+        open(log, "a") as file,
+        subprocess.Popen(
+            command, cwd=harness.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        ) as process,
+    ):  # fmt: skip
+
+        def end() -> None:
+            late.set()
+            process.kill()
+
+        timer = threading.Timer(seconds, end)
+        timer.start()
+        try:
+            for line in process.stdout or ():
+                print(line, end="", flush=True)
+                file.write(line)
+                file.flush()
+            status = process.wait()
+        finally:
+            # After an interrupt, which reaches both, it is still writing its last rows.
+            timer.cancel()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=30)
+    return TOO_LONG if late.is_set() else status
 
 
-def patch_embed_rows() -> Iterator[Row]:
-    """Yield the patch embedding of ViT-B/16 and of a /14, bfloat16."""
-    for batch, side, patch, embed_dim in ((256, 224, 16, 768), (64, 518, 14, 1024)):
-        grid = side // patch
-        label = f"B{batch} {side}² P{patch} D{embed_dim}"
-        case = replace(PatchEmbedCase(), grid=(grid, grid), patch=(patch, patch), dtype=torch.bfloat16)
-        rules = _rules(label, lambda backend, case=case: check_patch_embed(case, backend, "cuda"))
-        options = {"dtype": torch.bfloat16, "device": "cuda"}
-        images = torch.randn(batch, 3, side, side, **options)
-        weight, bias = torch.randn(embed_dim, 3, patch, patch, **options) * 0.03, torch.randn(embed_dim, **options)
-        functions: dict[str, Callable[[], object]] = {
-            backend: lambda i=images, w=weight, b=bias, name=backend: fastvit.patch_embed(i, w, b, backend=name)
-            for backend in rules
-        }
-        functions["Conv2d"] = lambda i=images, w=weight, b=bias, p=patch: (
-            F.conv2d(i, w, b, stride=p).flatten(2).transpose(1, 2).contiguous()
-        )
-        times: Times = {}
-        for name, function in functions.items():
-            _timed(name, torch.no_grad()(function), times, label)
-        flop = patch_embed_flop(batch, grid**2, embed_dim, 3 * patch**2)
-        for backend in rules.keys() & times.keys():
-            yield _row("patch_embed forward", label, backend, flop, rules[backend], times)
-
-
-def compare_forms() -> list[str]:
-    """Run benchmarks.cuda_forms last, in a process of its own: a kernel that waits for ever must not cost the rows."""
+def suites(options: argparse.Namespace, red: set[tuple[str, str, str]], facts: dict[str, Any], end: float) -> bool:
+    """Run the suites in a process; begin another behind a case that lost the device. Return whether none did."""
+    log = options.out / "gpu.log"
+    state = options.out / "gpu-state.json"
+    content = {"red": sorted(red), "skip": [], "facts": facts}
+    lost = False
     try:
-        result = subprocess.run([sys.executable, "-m", "benchmarks.cuda_forms"], check=False, timeout=FORMS_SECONDS)
-    except subprocess.TimeoutExpired:
-        return [f"benchmarks.cuda_forms: stopped after {FORMS_SECONDS} s; does a kernel wait for ever?"]
+        for _ in range(RESTARTS):
+            left = end - time.monotonic()
+            if left <= 0:
+                break
+            state.write_text(json.dumps(content, default=str))
+            command = [sys.executable, "-m", "benchmarks.gpu", "--suites", str(state), "--budget", str(left)]
+            command += ["--out", str(options.out), "-k", options.words, "--device", options.device]
+            command += ["--again"] * options.again + ["--quick"] * options.quick
+            # The last case may begin just before the end: a model in float64, or one that compiles.
+            status = logged(command, left + 90, log)
+            if status == TOO_LONG:
+                print("the suites did not end with the budget: does a kernel wait for ever?", flush=True)
+                return False
+            content = json.loads(state.read_text())
+            if status in (0, 130):
+                break
+            if not content.get("running"):
+                print(f"the suites ended with exit status {status} before their first case", flush=True)
+                return False
+            lost = True
+            print(f"exit status {status} in {content['running']}; the suites go on without it", flush=True)
+            content["skip"].append(content.pop("running"))
+    finally:
+        state.unlink(missing_ok=True)
+    return not lost
+
+
+def child(options: argparse.Namespace) -> int:
+    """Run the suites in this process, as :func:`suites` asks."""
+    state: Path = options.suites
+    content = json.loads(state.read_text())
+
+    def note(label: str) -> None:
+        state.write_text(json.dumps(content | {"running": label}))
+
+    result = runner.run(
+        runner.Options(
+            options.device, tuple(cases.SUITES), options.words, 3, options.quick, options.budget, out=options.out,
+            again=options.again, red={tuple(kernel) for kernel in content["red"]}, skip=set(content["skip"]), note=note,
+            repeats=options.repeats,
+        ),
+        facts=content["facts"],
+    )  # fmt: skip
+    for line in sorted(set(result.notes)):
+        print(f"not timed: {line}")
+    return {runner.INTERRUPTED: 130, runner.LOST: LOST}.get(result.ended, 0)
+
+
+def forms(seconds: float, log: Path) -> str:
+    """Run benchmarks.cuda_forms last, in a process of its own; return what it ended with."""
+    status = logged([sys.executable, "-m", "benchmarks.cuda_forms"], seconds, log)
+    if status == TOO_LONG:
+        return f"stopped after {seconds:.0f} s; does a kernel wait for ever?"
     # 3: no GPU of compute capability 9.0.
-    return [f"benchmarks.cuda_forms: exit status {result.returncode}"] if result.returncode not in (0, 3) else []
+    return {0: "green", 3: "not this architecture"}.get(status, f"exit status {status}")
 
 
-def main() -> None:
-    """Run everything within the budget and write what was measured."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument("--budget", type=float, default=480.0, help="seconds after which no new case is begun")
-    parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder for the CSV")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks gpu", description=__doc__)
+    budget = float(os.environ.get("BUDGET") or BUDGET)
+    out = Path(os.environ.get("OUT") or harness.RESULTS)
+    parser.add_argument("--budget", type=float, default=budget, help="seconds after which no new case is begun")
+    parser.add_argument("--out", type=Path, default=out, help="folder for rows, environment and log")
+    parser.add_argument("-k", dest="words", default="", help="only cases whose name has all the words")
+    parser.add_argument("--quick", action="store_true", help="the first cases alone")
+    parser.add_argument("--again", action="store_true", help="measure fresh rows anew")
+    parser.add_argument("--no-build", action="store_true", help="measure the kernels that are there")
+    parser.add_argument("--no-correctness", action="store_true", help="only the gate of each case")
+    parser.add_argument("--repeats", type=int, default=0, help="samples per case")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal of all this")
+    parser.add_argument("--suites", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run everything within the budget; return the exit status."""
+    options = _parse(arguments)
+    options.out = options.out.resolve()
+    if options.device == "cuda" and not torch.cuda.is_available():
         print("make gpu: torch finds no CUDA device on this machine; nothing was run")
-        sys.exit(3)
-    begin, rows = time.monotonic(), []
-    misses = [miss for backend in BACKENDS for miss in correctness(backend)]
-    misses += sanitize()
-    print("\n".join(misses))
-    for row in itertools.chain(attention_rows(), patch_embed_rows()):
-        rows.append(row)
+        return 3
+    if options.suites:
+        return child(options)
+    end = time.monotonic() + options.budget
+    options.out.mkdir(parents=True, exist_ok=True)
+    facts: dict[str, Any] = {}
+    if options.device == "cuda" and not options.no_build:
+        facts["build"] = build()
+    red: set[tuple[str, str, str]] = set()
+    slug = runner.device_slug(options.device, roofline.device_name(options.device))
+    try:
+        if not options.no_correctness:
+            red = _correct(options, slug, facts)
+        if options.device == "cuda":
+            facts["sanitizer"] = sanitize(options.budget * SANITIZER)
+            print("\n".join(f"compute-sanitizer: {tool}: {what}" for tool, what in facts["sanitizer"].items()))
+        whole = suites(options, red, facts, end)
+        if options.device == "cuda" and not options.words and not options.quick:
+            last = forms(min(FORMS_SECONDS, max(options.budget * FORMS, 20.0)), options.out / "gpu.log")
+            print(f"benchmarks.cuda_forms: {last}")
+            whole = whole and not last.startswith(("exit", "stopped"))
+    except KeyboardInterrupt:
+        print("interrupted; the finished rows are kept")
+        return 130
+    found = any("FOUND" in what for what in facts.get("sanitizer", {}).values())
+    return 1 if red or found or not whole or "error" in facts.get("build", {}) else 0
+
+
+def _correct(options: argparse.Namespace, slug: str, facts: dict[str, Any]) -> set[tuple[str, str, str]]:
+    backends = runner.BACKENDS[options.device]
+    seconds = options.budget * CORRECTNESS / len(backends)
+    red: set[tuple[str, str, str]] = set()
+    facts["correctness"] = {}
+    for backend in backends:
+        kernels, figures = correctness.run(backend, options.device, options.out / f"{slug}-correctness.jsonl", seconds)
+        red |= kernels
+        facts["correctness"][backend] = figures
         print(
-            f"{row.suite:20} {row.case:26} {row.backend:7} {row.ours_p50 * 1e3:9.1f} µs  {row.ratio:.2f} × {row.peer}",
-            flush=True,
-        )
-        if time.monotonic() - begin > arguments.budget:
-            break
-    if rows:
-        name = rows[0].device.lower().replace(" ", "-")
-        path = arguments.out / f"gpu-{name}-{date.today()}.csv"
-        harness.write(rows, path)
-        print(f"wrote {len(rows)} rows to {path}")
-    misses += compare_forms()
-    sys.exit(1 if misses else 0)
+            f"{backend}: {figures['cases']} cases ({figures['cannot']} not for it, "
+            f"{figures['not reached']} not reached), "
+            f"{len(figures['misses'])} misses",
+            *figures["misses"], sep="\n  ", flush=True,
+        )  # fmt: skip
+    for kernel in sorted(red):
+        print(f"red, so its speed is not measured: {' '.join(kernel)}", flush=True)
+    return red
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Interleaved timing and the row that comes out of it.
+"""The row, the gate before it, and the files that rows are kept in.
 
 A row is written only when the two sides compute the same thing (the tolerance rule, in the same run). Both sides run in
 turn, so that whatever else the machine does hits both, and a row carries p20, p50 and p80 of each.
@@ -7,25 +7,42 @@ turn, so that whatever else the machine does hits both, and a row carries p20, p
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
+import importlib
 import subprocess
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 import fastvit
+from benchmarks import timers
+from benchmarks.formulas import bound
+from benchmarks.timers import Entry, Times
 from fastvit.kernels import native
+
+if TYPE_CHECKING:
+    from benchmarks.roofline import Machine
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+NO_PEER = "none"
+FLOOR = " (floor)"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement; times in milliseconds, rates in GFLOP/s of useful work."""
+    """One measurement: one backend of ours against one peer.
+
+    Times are milliseconds, rates GFLOP/s of useful work and GB/s of least traffic, memory MiB. Columns after
+    ``sources`` are absent from the first files that were committed and read as their defaults; 0 is "not measured".
+    ``share`` is the part of the roof ``bound`` that ours reaches, ``clock`` "host", "graph" or "events", and the
+    columns ``…_eager`` are p50 on a GPU without a graph.
+    """
 
     suite: str
     case: str
@@ -49,79 +66,139 @@ class Row:
     fastvit: str
     commit: str
     sources: str
+    layout: str = ""
+    clock: str = "host"
+    samples: int = 0
+    ours_gbs: float = 0.0
+    bound: str = ""
+    share: float = 0.0
+    peak_gflops: float = 0.0
+    peak_gbs: float = 0.0
+    per_second: float = 0.0
+    ours_eager: float = 0.0
+    peer_eager: float = 0.0
+    ours_mib: float = 0.0
+    peer_mib: float = 0.0
+    peer_version: str = ""
+    driver: str = ""
+    triton: str = ""
+    measured: str = ""
+
+    @property
+    def work(self) -> tuple[str, str, str, str, int]:
+        """What was measured, whoever did it."""
+        return self.suite, self.case, self.dtype, self.layout, self.threads
+
+    @property
+    def is_floor(self) -> bool:
+        """Whether the peer does less than the work: a bound, no rival."""
+        return self.peer.endswith(FLOOR)
 
 
 @dataclass(frozen=True)
 class Contest:
-    """Ours against one or more peers on the same data; ``flop`` is the useful work of one call.
+    """Ours, by backend, against peers on the same data.
 
-    ``rule`` is the worst error as a part of what the tolerance rule allows, measured before any timing.
+    ``flop`` and ``moved`` (bytes) are the useful work of one call, ``items`` what it is counted in (images). ``rules``
+    has, for each backend, the worst error as a part of what the tolerance rule allows, measured before any timing.
+    ``repeats`` and ``clock`` ("cpu": the host's) are given where the run's own do not suit.
     """
 
     suite: str
     case: str
     dtype: torch.dtype
-    ours: Callable[[], object]
-    peers: dict[str, Callable[[], object]]
-    flop: float
-    rule: float
+    ours: tuple[Entry, ...]
+    peers: tuple[Entry, ...]
+    rules: dict[str, float]
+    flop: float = 0.0
+    moved: float = 0.0
+    items: int = 0
+    layout: str = ""
+    repeats: int = 0
+    clock: str = ""
+    absent: dict[str, str] = field(default_factory=dict)
 
 
-def run(contest: Contest, repeats: int, device: str) -> Row | None:
-    """Time a contest against the fastest of its peers; None, and a line that says so, if the results are wrong."""
-    if not contest.rule <= 1.0:
-        print(f"{contest.suite} {contest.case}: wrong ({contest.rule:.2f} of what is allowed), so not timed")
-        return None
-    times = interleave([contest.ours, *contest.peers.values()], repeats)
-    ours, *peers = [quantiles(list(values)) for values in times]
-    name, peer = min(zip(contest.peers, peers, strict=True), key=lambda pair: pair[1][1])
+@dataclass
+class Outcome:
+    """What a contest gave: rows, and one line for everything that was not timed."""
+
+    rows: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def run(contest: Contest, machine: Machine, repeats: int) -> Outcome:
+    """Time a contest; a backend whose results are wrong is not timed, and a line says so."""
+    label = " ".join(filter(None, (contest.suite, contest.case, short(contest.dtype), contest.layout)))
+    outcome = Outcome(notes=[f"{label}: {name}: {reason}" for name, reason in contest.absent.items()])
+    ours = []
+    for entry in contest.ours:
+        rule = contest.rules.get(entry.name, float("nan"))
+        # A NaN is no proof either.
+        if rule <= 1.0:
+            ours.append(entry)
+        else:
+            outcome.notes.append(f"{label}: {entry.name}: wrong ({rule:.2f} of what is allowed), so not timed")
+    if not ours:
+        return outcome
+    times, absent = timers.measure([*ours, *contest.peers], contest.repeats or repeats, contest.clock or machine.device)
+    outcome.notes += [f"{label}: {name}: {reason}" for name, reason in absent.items()]
+    for entry in ours:
+        if entry.name not in times:
+            continue
+        peers: list[Entry | None] = [peer for peer in contest.peers if peer.name in times]
+        for peer in peers or [None]:
+            outcome.rows.append(_row(contest, machine, entry, peer, times))
+    return outcome
+
+
+def _row(contest: Contest, machine: Machine, entry: Entry, peer: Entry | None, times: dict[str, Times]) -> Row:
+    ours, theirs = times[entry.name], times[peer.name] if peer else Times([0.0])
+    mine, other = timers.quantiles(ours.samples), timers.quantiles(theirs.samples)
+    roof, least = bound(contest.flop, contest.moved, machine.peak(contest.dtype), machine.gbs)
     return Row(
-        contest.suite,
-        contest.case,
-        str(contest.dtype).removeprefix("torch."),
-        torch.get_num_threads(),
-        "cpu",
-        name,
-        *(round(value * 1e3, 4) for value in (*ours, *peer)),
-        round(peer[1] / ours[1], 3),
-        round(contest.flop / ours[1] / 1e9, 1),
-        round(contest.flop / peer[1] / 1e9, 1),
-        round(contest.rule, 3),
-        device,
-        capability(),
-        torch.__version__,
-        fastvit.__version__,
-        commit(),
-        source_hash(),
-    )
+        suite=contest.suite, case=contest.case, dtype=short(contest.dtype), threads=machine.threads,
+        backend=entry.name, peer=NO_PEER if peer is None else peer.name + FLOOR * peer.floor,
+        **dict(zip(TIME_COLUMNS, (float(f"{value * 1e3:.5g}") for value in (*mine, *other)), strict=True)),
+        ratio=round(other[1] / mine[1], 3),
+        ours_gflops=round(contest.flop / mine[1] / 1e9, 1),
+        peer_gflops=round(contest.flop / other[1] / 1e9, 1) if peer else 0.0,
+        rule=round(contest.rules[entry.name], 3),
+        device=machine.name, capability=machine.capability, torch=torch.__version__, fastvit=fastvit.__version__,
+        commit=commit(), sources=source_hash(entry.name),
+        layout=contest.layout, clock=ours.clock, samples=len(ours.samples),
+        ours_gbs=round(contest.moved / mine[1] / 1e9, 1), bound=roof, share=round(least / mine[1], 4),
+        peak_gflops=machine.peak(contest.dtype), peak_gbs=machine.gbs,
+        per_second=round(contest.items / mine[1], 2),
+        ours_eager=_median_ms(ours.eager), peer_eager=_median_ms(theirs.eager),
+        ours_mib=round(ours.mib, 1), peer_mib=round(theirs.mib, 1),
+        peer_version=peer.version if peer else "", driver=machine.driver, triton=triton_version(),
+        measured=datetime.now(UTC).isoformat(timespec="seconds"),
+    )  # fmt: skip
 
 
-def interleave(functions: Sequence[Callable[[], object]], repeats: int) -> list[list[float]]:
-    """Return seconds per call of each function, all of them called once per repeat after two warm-up rounds."""
-    times: list[list[float]] = [[] for _ in functions]
-    for repeat in range(-2, repeats):
-        for function, values in zip(functions, times, strict=True):
-            start = time.perf_counter()
-            function()
-            if repeat >= 0:
-                values.append(time.perf_counter() - start)
-    return times
+TIME_COLUMNS = ("ours_p20", "ours_p50", "ours_p80", "peer_p20", "peer_p50", "peer_p80")
 
 
-def quantiles(values: list[float]) -> tuple[float, float, float]:
-    """Return p20, p50 and p80."""
-    p20, p50, p80 = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
-    return p20, p50, p80
+def _median_ms(samples: list[float]) -> float:
+    return float(f"{timers.quantiles(samples)[1] * 1e3:.5g}") if samples else 0.0
 
 
-def attention_flop(batch: int, heads: int, seqlen: int, head_dim: int) -> float:
-    """Return the FLOP of QKᵀ and PV: 4 B H N² D (Dao 2023, section 4.1); backward is 2.5 × this."""
-    return 4.0 * batch * heads * seqlen**2 * head_dim
+def short(dtype: torch.dtype) -> str:
+    """Return "float32"."""
+    return str(dtype).removeprefix("torch.")
 
 
-def patch_embed_flop(batch: int, tokens: int, embed_dim: int, patch_elements: int) -> float:
-    """Return the FLOP of the projection: 2 B N D K; backward of weight and bias is as much again."""
-    return 2.0 * batch * tokens * embed_dim * patch_elements
+def best(rows: Iterable[Row]) -> list[Row]:
+    """Return, for each work and backend, its row against the fastest rival; a floor is none."""
+    found: dict[tuple[object, ...], Row] = {}
+    for row in rows:
+        key = (*row.work, row.backend)
+        if row.peer == NO_PEER or row.is_floor:
+            continue
+        if key not in found or row.peer_p50 < found[key].peer_p50:
+            found[key] = row
+    return list(found.values())
 
 
 def capability() -> str:
@@ -129,11 +206,11 @@ def capability() -> str:
     error = native.load_error()
     if error is not None:
         raise SystemExit(f"benchmarks: {error}")
-    from fastvit import _C
+    # As an attribute: a compiled module has no types to import.
+    return str(importlib.import_module("fastvit._C").cpu_capability())
 
-    return str(_C.cpu_capability())
 
-
+@functools.cache
 def commit() -> str:
     """Return the commit that was measured, with a + when the tree differed from it."""
     try:
@@ -143,6 +220,14 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return name.stdout.strip()
+
+
+@functools.cache
+def triton_version() -> str:
+    """Return Triton's version, empty where it is not installed."""
+    from benchmarks.roofline import installed
+
+    return installed("triton")
 
 
 SOURCES = {
@@ -155,25 +240,67 @@ SOURCES = {
 def source_hash(backend: str = "cpu") -> str:
     """Return a hash of a backend's kernel sources: a row whose hash differs from the tree's is stale."""
     digest = hashlib.sha256()
-    for path in sorted(path for pattern in SOURCES[backend] for path in ROOT.glob(pattern)):
+    for path in sorted(path for pattern in SOURCES.get(backend, ()) for path in ROOT.glob(pattern)):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
 
+def is_stale(rows: Iterable[Row]) -> bool:
+    """Return whether the kernels have changed since any of ``rows`` was measured."""
+    return any(row.sources != source_hash(row.backend) for row in rows)
+
+
+def is_fresh(row: Row, machine: Machine) -> bool:
+    """Return whether measuring ``row`` again would measure the same thing: device, versions and kernel sources.
+
+    Of the driver the branch counts ("580"): the machines of several leases differ in the numbers behind it.
+    """
+    branches = row.driver.split(".")[0], machine.driver.split(".")[0]
+    return (
+        (row.device, row.capability, branches[0]) == (machine.name, machine.capability, branches[1])
+        and (row.torch, row.fastvit, row.triton) == (torch.__version__, fastvit.__version__, triton_version())
+        and row.samples > 0
+        and not is_stale([row])
+    )
+
+
 def write(rows: Sequence[Row], path: Path) -> None:
-    """Write rows as CSV."""
+    """Write rows as CSV; the file is whole at every moment, whatever ends the run."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", newline="") as file:
+        writer = csv.DictWriter(file, [column.name for column in fields(Row)])
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
+    partial.replace(path)
+
+
+# What the suites were called before there were rows of backward alone, of models in other modes and of layouts.
+EARLIER_NAMES = {
+    "attention backward": "attention forward + backward",
+    "attention bias": "attention forward, bias",
+    "patch_embed backward": "patch_embed forward + backward",
+    "model": "model inference, eager",
+}
 
 
 def read(path: Path) -> list[Row]:
-    """Read rows that :func:`write` wrote."""
+    """Read rows that :func:`write` wrote, now or before the columns after ``sources`` existed."""
     kinds = {"str": str, "int": int, "float": float}
+    rows = []
     with open(path, newline="") as file:
-        return [
-            Row(**{field.name: kinds[str(field.type)](record[field.name]) for field in fields(Row)})
-            for record in csv.DictReader(file)
-        ]
+        reader = csv.DictReader(file)
+        columns = set(reader.fieldnames or ())
+        missing = [column.name for column in fields(Row) if column.name not in columns and column.default is MISSING]
+        if missing:
+            raise ValueError(f"{path}: has no columns {', '.join(missing)}; it is no file of benchmark rows")
+        for record in reader:
+            values = {
+                column.name: kinds[str(column.type)](record[column.name])
+                for column in fields(Row)
+                if column.name in columns
+            }
+            if "samples" not in columns:
+                values["suite"] = EARLIER_NAMES.get(values["suite"], values["suite"])
+            rows.append(Row(**values))
+    return rows

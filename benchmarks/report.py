@@ -1,16 +1,35 @@
-"""Draws the README's table from the newest committed rows: ``python -m benchmarks.report [--check]``."""
+"""Draws README's table and figures, and the full report, from the newest committed rows.
+
+``python -m benchmarks report [--check]``. For each kind of machine (cpu, gpu) the newest file counts. Everything goes
+between README's markers, into results/REPORT.md and results/figures/.
+"""
 
 from __future__ import annotations
 
 import argparse
-import math
+import json
+import os
+import re
+import statistics
 from pathlib import Path
 
-from benchmarks import harness
+from benchmarks import figures, harness
 from benchmarks.harness import Row
+from benchmarks.tables import geometric_mean, roof
 
 README = harness.ROOT / "README.md"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+FIGURES_FOLDER = "figures"
+README_FIGURES = {
+    "time": "Time of attention against the sequence length",
+    "models": "Images per second of whole models",
+}
+ALL_FIGURES = README_FIGURES | {
+    "ratio": "Speed-up of the forward pass over N and head_dim",
+    "ratio-backward": "Speed-up of the backward pass over N and head_dim",
+    "roofline": "Useful work under the measured roofs",
+}
+MARK = f"> **{figures.STALE}**\n\n"
 
 
 def newest(pattern: str = "cpu-*.csv") -> Path:
@@ -21,31 +40,44 @@ def newest(pattern: str = "cpu-*.csv") -> Path:
     return files[-1]
 
 
+def evidence() -> list[Path]:
+    """Return the files that README shows: the newest of a GPU, and the newest of a CPU."""
+    patterns = ("gpu-*.csv", "cpu-*.csv")
+    return [newest(pattern) for pattern in patterns if list(harness.RESULTS.glob(pattern))]
+
+
 def is_stale(rows: list[Row]) -> bool:
     """Return whether the kernels have changed since ``rows`` were measured."""
-    return any(row.sources != harness.source_hash() for row in rows)
+    return harness.is_stale(rows)
 
 
 def table(path: Path) -> str:
     """Return the Markdown table of one results file: geometric mean and least ratio per suite, dtype and threads."""
     rows = harness.read(path)
-    first = rows[0]
-    threads = sorted({row.threads for row in rows})
-    groups: dict[tuple[str, str, str], dict[int, list[float]]] = {}
-    for row in rows:
-        peer = "PyTorch's best" if row.suite.startswith("patch_embed") else row.peer
-        groups.setdefault((row.suite, row.dtype, peer), {}).setdefault(row.threads, []).append(row.ratio)
-    lines = [
-        "| work | dtype | against | " + " | ".join(f"{count} thread{'s' * (count > 1)}" for count in threads) + " |",
-        "|---|---|---|" + "---|" * len(threads),
-    ]
-    for (suite, dtype, peer), ratios in groups.items():
-        cells = [_cell(ratios.get(count, [])) for count in threads]
-        lines.append(f"| {suite} | {dtype} | {peer} | " + " | ".join(cells) + " |")
+    first, chosen = rows[0], harness.best(rows)
+    threads = sorted({row.threads for row in chosen})
+    several = len({row.backend for row in chosen}) > 1
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in chosen:
+        groups.setdefault((row.suite, row.dtype, row.backend), []).append(row)
+    columns = [f"{count} thread{'s' * (count > 1)}" if count else "speed-up" for count in threads]
+    shares = any(row.share > 0 for row in chosen)
+    head = ["work", "dtype", *(["backend"] * several), "against", *columns, *(["of the roof"] * shares)]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for (suite, dtype, backend), group in groups.items():
+        rivals = {row.peer for row in group}
+        peer = "PyTorch's best" if len(rivals) > 1 or suite.startswith("patch_embed") else rivals.pop()
+        cells = [_cell([row.ratio for row in group if row.threads == count]) for count in threads]
+        share = [f"{100 * statistics.median(row.share for row in group):.0f} %"] if shares else []
+        cells = [suite, dtype, *([backend] * several), peer, *cells, *share]
+        lines.append(f"| {' | '.join(cells)} |")
+    link = (
+        os.path.relpath(path, harness.ROOT) if path.is_relative_to(harness.ROOT) else f"benchmarks/results/{path.name}"
+    )
     lines += [
         "",
         f"Speed-up over PyTorch: geometric mean over the shapes (least – most). {first.device}, {first.capability}, "
-        f"torch {first.torch}, {len(rows)} rows in [{path.name}](benchmarks/results/{path.name}), medians of "
+        f"torch {first.torch}, {len(rows)} rows in [{path.name}]({link}), medians of "
         "interleaved runs; every row held the tolerance rule.",
     ]
     return "\n".join(lines)
@@ -54,8 +86,79 @@ def table(path: Path) -> str:
 def _cell(ratios: list[float]) -> str:
     if not ratios:
         return "–"
-    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-    return f"{mean:.2f} × ({min(ratios):.2f} – {max(ratios):.2f})"
+    return f"{geometric_mean(ratios):.2f} × ({min(ratios):.2f} – {max(ratios):.2f})"
+
+
+def content() -> str:
+    """Return what stands between README's markers: per device a table and figures, marked where they are stale."""
+    parts = []
+    for path in evidence():
+        mark = MARK if is_stale(harness.read(path)) else ""
+        parts.append(mark + table(path))
+        parts += _images(path, README_FIGURES, "benchmarks/results/")
+    return "\n\n".join(parts)
+
+
+def _images(path: Path, kinds: dict[str, str], prefix: str) -> list[str]:
+    folder = harness.RESULTS / FIGURES_FOLDER
+    names = {kind: f"{path.stem}-{kind}.svg" for kind in kinds}
+    return [
+        f"![{title}]({prefix}{FIGURES_FOLDER}/{names[kind]})"
+        for kind, title in kinds.items()
+        if (folder / names[kind]).exists()
+    ]
+
+
+def full(paths: list[Path]) -> str:
+    """Return the report: for each file its tables, figures, every row, and what was not timed."""
+    parts = ["# What was measured", "Drawn by `python -m benchmarks report`; do not edit."]
+    for path in paths:
+        rows = harness.read(path)
+        parts.append(f"## {rows[0].device}")
+        parts.append((MARK if is_stale(rows) else "") + table(path).replace("(benchmarks/results/", "("))
+        parts += _images(path, ALL_FIGURES, "")
+        if not any(row.bound for row in rows):
+            parts.append("These rows are from before the roofs were measured with them: no roofline.")
+        parts += ["### Every case against each peer", _cases(rows)]
+        side = path.with_suffix(".json")
+        if side.exists():
+            parts += _not_timed(json.loads(side.read_text()))
+    return "\n\n".join(parts) + "\n"
+
+
+def _cases(rows: list[Row]) -> str:
+    head = (
+        "suite", "case", "dtype", "threads", "backend", "ms (p20 – p80)", "without graph", "peer", "peer ms", "ratio",
+        "GFLOP/s", "GB/s", "of the roof", "per second", "MFU", "peak MiB", "rule",
+    )  # fmt: skip
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for row in rows:
+        model = row.suite.startswith("model")
+        mfu = f"{100 * row.ours_gflops / row.peak_gflops:.0f} %" if model and row.peak_gflops else "–"
+        memory = f"{row.ours_mib:.0f} ({row.peer_mib:.0f})" if row.ours_mib else "–"
+        version = f" ({row.peer_version})" if row.peer_version else ""
+        cells = (
+            row.suite, " ".join(filter(None, (row.case, row.layout))), row.dtype, str(row.threads or "–"), row.backend,
+            f"{row.ours_p50:.4g} ({row.ours_p20:.4g} – {row.ours_p80:.4g})", _number(row.ours_eager),
+            row.peer + version, _number(row.peer_p50), f"{row.ratio:.2f}", _number(row.ours_gflops),
+            _number(row.ours_gbs), roof(row), _number(row.per_second), mfu, memory, f"{row.rule:.2f}",
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}" if value else "–"
+
+
+def _not_timed(side: dict[str, object]) -> list[str]:
+    parts = []
+    peers, notes = side.get("peers"), side.get("not timed")
+    if isinstance(peers, dict):
+        parts += ["### Peers", "\n".join(f"- {name}: {said}" for name, said in peers.items())]
+    if isinstance(notes, list) and notes:
+        parts += ["### Not timed, and why", "\n".join(f"- {note}" for note in notes)]
+    return parts
 
 
 def updated(readme: str, content: str) -> str:
@@ -65,17 +168,51 @@ def updated(readme: str, content: str) -> str:
     return f"{head}{BEGIN}\n{content}\n{END}{tail}"
 
 
-def main() -> None:
-    """Rewrite the README, or with --check exit 1 if it differs from the rows."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if README and rows differ")
-    check = parser.parse_args().check
+def without_mark(text: str) -> str:
+    """Return a text without its stale marks: a change of a kernel makes evidence stale, and README no lie."""
+    return text.replace(MARK, "")
+
+
+def differences() -> list[str]:
+    """Return what differs from the committed rows: README's part, the report, or a figure of other rows."""
+    found = []
     readme = README.read_text()
-    wanted = updated(readme, table(newest()))
+    if without_mark(updated(readme, content())) != without_mark(readme):
+        found.append("README.md differs from the rows")
+    report = harness.RESULTS / "REPORT.md"
+    if not report.exists() or without_mark(report.read_text()) != without_mark(full(evidence())):
+        found.append("results/REPORT.md differs from the rows")
+    for path in evidence():
+        for drawing in (harness.RESULTS / FIGURES_FOLDER).glob(f"{path.stem}-*.svg"):
+            shown = re.search(r"rows ([0-9a-f]{12})", drawing.read_text())
+            if shown is None or shown[1] != figures.rows_hash(path):
+                found.append(f"{drawing.name} shows other rows")
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Draw everything anew, or with --check return 1 if something differs from the rows."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks report", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if README and rows differ")
+    check = parser.parse_args(arguments).check
+    for path in evidence():
+        if is_stale(harness.read(path)):
+            print(f"{path.name}: {figures.STALE}")
     if check:
-        raise SystemExit(0 if wanted == readme else "README.md differs from the rows; run python -m benchmarks.report")
-    README.write_text(wanted)
+        found = differences()
+        print("\n".join([*found, "run python -m benchmarks report"] if found else ["README and rows agree"]))
+        return int(bool(found))
+    for path in evidence():
+        for old in (harness.RESULTS / FIGURES_FOLDER).glob("*.svg"):
+            # Only what the newest files show is kept beside them.
+            if not any(old.name.startswith(kept.stem) for kept in evidence()):
+                old.unlink()
+        figures.draw(path, harness.RESULTS / FIGURES_FOLDER)
+    (harness.RESULTS / "REPORT.md").write_text(full(evidence()))
+    README.write_text(updated(README.read_text(), content()))
+    print(f"drew {', '.join(path.name for path in evidence())} into README.md, results/REPORT.md and results/figures")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

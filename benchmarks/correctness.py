@@ -1,0 +1,165 @@
+"""The tolerance rule on a device, kernel by kernel, in processes of their own: ``python -m benchmarks.correctness``.
+
+A kernel that faults takes its process's device context with it, and one that waits for ever takes its time: the case
+that was running is then red, and the next process goes on behind it. Every case is a line in a file, so that a later
+run on the same device, with the same sources and versions, does not repeat it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import harness
+from benchmarks.timers import first_line
+from fastvit.testing import Comparison, check_attention, check_patch_embed, vit_attention_cases, vit_patch_embed_cases
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# The first case of a Triton kernel compiles it; a float64 truth of the longest sequence takes a second or two.
+CASE_SECONDS = 60.0
+CANNOT = "cannot run this call"
+Case = tuple[str, str, torch.dtype, Callable[[str, str], list[Comparison]]]
+
+
+def cases() -> list[Case]:
+    """Return op, name, dtype and check of every case, the dtypes in the order in which they matter on a GPU."""
+    listed: list[Case] = []
+    for dtype in DTYPES:
+        for attention in vit_attention_cases([dtype]):
+            listed.append(("attention", str(attention), dtype, partial(check_attention, attention)))
+        for patches in vit_patch_embed_cases([dtype]):
+            listed.append(("patch_embed", str(patches), dtype, partial(check_patch_embed, patches)))
+    return listed
+
+
+def stamp(backend: str, device: str) -> dict[str, str]:
+    """Return what a finished case depends on."""
+    from benchmarks.roofline import device_name
+
+    return {
+        "backend": backend,
+        "sources": harness.source_hash(backend),
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "triton": harness.triton_version(),
+    }
+
+
+def finished(path: Path, backend: str, device: str) -> dict[str, dict[str, Any]]:
+    """Return, by name, the cases of ``path`` that count for this backend as it is; one that only began is a death."""
+    found: dict[str, dict[str, Any]] = {}
+    if not path.exists():
+        return found
+    expected = stamp(backend, device)
+    for text in path.read_text().splitlines():
+        try:
+            entry = json.loads(text)
+        except ValueError:
+            # The last line of a process that was ended while it wrote.
+            continue
+        if all(entry.get(key) == value for key, value in expected.items()):
+            found[entry["case"]] = entry
+    return found
+
+
+def work_off(backend: str, device: str, path: Path, seconds: float) -> None:
+    """Run the cases that ``path`` does not have, and append a line when each begins and when it ends."""
+    begin, done, common = time.monotonic(), finished(path, backend, device), stamp(backend, device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        for op, name, dtype, check in cases():
+            if name in done:
+                continue
+            if time.monotonic() - begin > seconds:
+                return
+            entry = common | {"op": op, "case": name, "dtype": harness.short(dtype)}
+            _append(file, entry | {"state": "began"})
+            try:
+                results = check(backend, device)
+                if device == "cuda":
+                    torch.cuda.synchronize()
+            except (RuntimeError, NotImplementedError) as error:
+                cannot = CANNOT in str(error)
+                _append(file, entry | {"state": "cannot" if cannot else "failed", "error": first_line(error)})
+                if not cannot and device == "cuda":
+                    # The context may be lost with it: the next process goes on.
+                    raise SystemExit(4) from error
+            else:
+                _append(file, entry | {"state": "ran", "ratios": {result.name: result.ratio for result in results}})
+
+
+def _append(file: Any, entry: dict[str, Any]) -> None:
+    file.write(json.dumps(entry) + "\n")
+    file.flush()
+
+
+def run(backend: str, device: str, path: Path, seconds: float) -> tuple[set[tuple[str, str, str]], dict[str, Any]]:
+    """Work off the cases of a backend in processes, for at most ``seconds``.
+
+    Returns:
+        The red kernels, as (backend, "attention forward", "bfloat16"), and the figures for the JSON.
+    """
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        before = len(finished(path, backend, device))
+        command = [sys.executable, "-m", "benchmarks.correctness", backend, device, str(path), str(left)]
+        try:
+            status = subprocess.run(command, cwd=harness.ROOT, check=False, timeout=left + CASE_SECONDS).returncode
+        except subprocess.TimeoutExpired:
+            status = -1
+        # A process that died has at least left the line of the case that it died in; without one it cannot begin.
+        if status == 0 or len(finished(path, backend, device)) == before:
+            break
+    return judge(finished(path, backend, device), backend)
+
+
+def judge(entries: dict[str, dict[str, Any]], backend: str) -> tuple[set[tuple[str, str, str]], dict[str, Any]]:
+    """Return the red kernels and the figures of a backend's finished cases."""
+    red: set[tuple[str, str, str]] = set()
+    misses = []
+    for name, entry in entries.items():
+        state = entry["state"]
+        if state == "cannot":
+            continue
+        if state == "ran":
+            bad = {key: ratio for key, ratio in entry["ratios"].items() if not ratio <= 1.0}
+            directions = {"backward" if key.startswith("grad") else "forward" for key in bad}
+            misses += [f"{name}: {key}: {ratio:.2f} of what is allowed" for key, ratio in bad.items()]
+        else:
+            directions = {"forward", "backward"}
+            misses.append(f"{name}: {entry.get('error', 'the process died or was ended in this case')}")
+        red |= {(backend, f"{entry['op']} {direction}", entry["dtype"]) for direction in directions}
+    states = [entry["state"] for entry in entries.values()]
+    total = len(cases())
+    figures = {
+        "cases": len(entries),
+        "not reached": total - len(entries),
+        "cannot": states.count("cannot"),
+        "misses": misses,
+        "red": sorted(red),
+    }
+    return red, figures
+
+
+def main() -> None:
+    """Work off the cases of one backend."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.correctness", description=__doc__)
+    parser.add_argument("backend")
+    parser.add_argument("device", choices=("cpu", "cuda"))
+    parser.add_argument("path", type=Path)
+    parser.add_argument("seconds", type=float)
+    arguments = parser.parse_args()
+    work_off(arguments.backend, arguments.device, arguments.path, arguments.seconds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,317 @@
+"""The loop behind every suite: most telling case first, fresh rows skipped, every finished row on disk at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks import (
+    cases,
+    harness,
+    peers,
+    roofline,
+    suite_attention,
+    suite_models,
+    suite_overhead,
+    suite_patch_embed,
+)
+from benchmarks.cases import Work
+from benchmarks.harness import Contest, Outcome, Row
+from benchmarks.roofline import Machine
+from benchmarks.timers import first_line
+from fastvit.commands.timing import Clock
+
+CONTESTS: dict[str, Callable[..., Contest]] = {
+    "attention": suite_attention.contest,
+    "patch_embed": suite_patch_embed.contest,
+    "models": suite_models.contest,
+    "overhead": suite_overhead.contest,
+}
+BACKENDS = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+# How a run ends whose device has faulted: what comes after in the same process fails, whatever it is.
+# Our own helpers (git, collect_env) count as others: what a short run shows of them is less than this.
+BUSY = 0.25
+INTERRUPTED = "interrupted"
+LOST = "the device is lost to this process"
+REPEATS = {"cpu": 15, "cuda": 30}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass
+class Options:
+    """What to run, on what, for how long, and where to.
+
+    ``red`` has the kernels that missed the rule on this device, as (backend, work, dtype): see :func:`is_red`. ``skip``
+    has the labels of cases that are not to be run, and ``note`` is told the label of each case when it begins.
+    """
+
+    device: str = "cpu"
+    suites: Sequence[str] = tuple(cases.SUITES)
+    words: str = ""
+    last_tier: int = 3
+    quick: bool = False
+    budget: float = float("inf")
+    repeats: int = 0
+    threads: Sequence[int] = ()
+    out: Path | None = None
+    again: bool = False
+    all_peers: bool = False
+    backends: Sequence[str] = ()
+    red: set[tuple[str, str, str]] = field(default_factory=set)
+    skip: set[str] = field(default_factory=set)
+    note: Callable[[str], None] = lambda label: None
+
+
+@dataclass
+class Report:
+    """What a run left: all rows of its file, how many of them are new, one line per thing that was not timed."""
+
+    rows: list[Row] = field(default_factory=list)
+    new: int = 0
+    notes: list[str] = field(default_factory=list)
+    machines: list[Machine] = field(default_factory=list)
+    path: Path | None = None
+    ended: str = "finished"
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def run(options: Options, console: Console | None = None, facts: dict[str, Any] | None = None) -> Report:
+    """Run the suites within the budget; a keyboard interrupt ends the run and loses no finished row."""
+    console = console or Console()
+    begin, clock = time.monotonic(), Clock()
+    report = Report(facts=facts or {})
+    works = [
+        work
+        for work in cases.select(options.device, options.suites, options.words, options.last_tier, options.quick)
+        if work.label not in options.skip
+    ]
+    if not works:
+        report.ended = "no case has this name"
+        return report
+    threads = sorted(set(options.threads)) or ([torch.get_num_threads()] if options.device == "cpu" else [0])
+    before = torch.get_num_threads()
+    try:
+        for machine in _machines(options, threads, console):
+            report.machines.append(machine)
+            _open(report, options, machine)
+        todo = [
+            (work, machine)
+            for work in works
+            for machine in report.machines
+            if not _is_done(work, machine, report, options)
+        ]
+        skipped = len(works) * len(report.machines) - len(todo)
+        if skipped:
+            console.print(f"{skipped} cases have fresh rows and are skipped (--again measures them anew)")
+        _measure(todo, report, options, begin, console)
+    except KeyboardInterrupt:
+        report.ended = INTERRUPTED
+    finally:
+        torch.set_num_threads(before)
+        # A reader must know whether the machine was idle; a CPU's rows are worth nothing if it was not.
+        report.facts["processors busy elsewhere"] = busy = round(clock.processors_busy_elsewhere(), 2)
+        save(report)
+    if busy > BUSY:
+        console.print(f"other processes kept {busy} processors busy: these times are not to be trusted")
+    console.print(
+        f"{report.ended}: {report.new} new rows, {len(report.rows)} in all" + f", {report.path}" * bool(report.path),
+        soft_wrap=True,
+    )
+    return report
+
+
+def _machines(options: Options, threads: Sequence[int], console: Console) -> Iterator[Machine]:
+    for number in threads:
+        if options.device == "cpu":
+            torch.set_num_threads(number)
+        small = {"size": 32 << 20, "sizes": (512,)} if options.quick and options.device == "cpu" else {}
+        machine = roofline.measure(options.device, DTYPES, **small)  # type: ignore[arg-type]
+        console.print(f"roofline: {machine.describe()}", soft_wrap=True)
+        yield machine
+
+
+def device_slug(device: str, name: str) -> str:
+    """Return the device's part of a file name, "cpu-amd-epyc" or "gpu-nvidia-h200"."""
+    words = name.lower().replace("(r)", "").replace("(tm)", "").replace("/", " ").split()
+    return "-".join(["cpu" if device == "cpu" else "gpu", *words[:4]])
+
+
+def _open(report: Report, options: Options, machine: Machine) -> None:
+    """Take over the rows of this device's newest file that are fresh, into the file of today."""
+    if options.out is None or report.path is not None:
+        return
+    slug = device_slug(machine.device, machine.name)
+    if options.out.suffix == ".csv":
+        report.path, earlier = options.out, [options.out] if options.out.exists() else []
+    else:
+        report.path = options.out / f"{slug}-{date.today()}.csv"
+        earlier = sorted(options.out.glob(f"{slug}-????-??-??.csv"), key=lambda path: path.stem[-10:])
+    for path in earlier[-1:]:
+        rows = harness.read(path)
+        # A file of today keeps its other rows too: another number of threads, another version. They are not re-timed.
+        report.rows = rows if path == report.path else [row for row in rows if harness.is_fresh(row, machine)]
+        side = path.with_suffix(".json")
+        if side.exists():
+            report.facts = {**json.loads(side.read_text()).get("facts", {}), **report.facts}
+
+
+def _is_done(work: Work, machine: Machine, report: Report, options: Options) -> bool:
+    if options.again:
+        return False
+    wanted = {name for name in options.backends or BACKENDS[options.device] if not is_red(name, work, options.red)}
+    done = {
+        row.backend
+        for row in report.rows
+        if row.work == (*work.key, machine.threads) and harness.is_fresh(row, machine)
+    }
+    return bool(done) and wanted <= done | _cannot(work, wanted - done, options.device)
+
+
+def _cannot(work: Work, backends: set[str], device: str) -> set[str]:
+    """Return the backends that cannot run attention of this dtype and head_dim at all: no row is to be expected."""
+    from fastvit.kernels.spec import AttentionSpec
+    from fastvit.ops.backends import BACKENDS as TABLE
+
+    shape = work.details
+    if not isinstance(shape, cases.AttentionShape):
+        # Models and patches: judged by ViT-B's attention and its patches in this dtype.
+        from fastvit.commands.env import standard_specs
+
+        specs = standard_specs(torch.device(device), work.dtype).values()
+        return {name for name in backends if any(TABLE[name].why_not(spec) for spec in specs)}
+    spec = AttentionSpec(
+        shape.batch, shape.heads, shape.seqlen, shape.seqlen, shape.head_dim, shape.head_dim, work.dtype,
+        work.dtype if shape.bias else None, False, torch.device(device),
+    )  # fmt: skip
+    return {name for name in backends if TABLE[name].why_not(spec)}
+
+
+def is_red(backend: str, work: Work, red: set[tuple[str, str, str]]) -> bool:
+    """Return whether a kernel that ``work`` would run has missed the rule on this device.
+
+    ``red`` names a kernel as (backend, "attention forward" | "attention backward" | "patch_embed forward" |
+    "patch_embed backward", dtype); a backward pass needs the forward pass of its op, a model both ops.
+    """
+    backward = "backward" in work.suite or "training" in work.suite
+    ops = {"attention": ["attention"], "patch_embed": ["patch_embed"], "overhead": ["attention"]}.get(
+        work.kind, ["attention", "patch_embed"]
+    )
+    directions = ["forward", "backward"] if backward else ["forward"]
+    dtype = harness.short(work.dtype)
+    return any((backend, f"{op} {direction}", dtype) in red for op in ops for direction in directions)
+
+
+def _measure(
+    todo: list[tuple[Work, Machine]], report: Report, options: Options, begin: float, console: Console
+) -> None:
+    repeats = options.repeats or REPEATS[options.device]
+    with _progress(len(todo), console) as advance:
+        for work, machine in todo:
+            if time.monotonic() - begin > options.budget:
+                report.ended = f"the budget of {options.budget:.0f} s is spent"
+                return
+            if options.device == "cpu":
+                torch.set_num_threads(machine.threads)
+            options.note(work.label)
+            outcome = measure_one(work, machine, options, repeats)
+            if is_lost(machine.device):
+                # Whatever was timed before the fault is not to be believed either.
+                report.ended = LOST
+                return
+            _merge(report, outcome)
+            for row in harness.best(outcome.rows) or outcome.rows[:1]:
+                console.print(line(row), highlight=False, markup=False, soft_wrap=True)
+            save(report)
+            advance(work.label)
+
+
+def measure_one(work: Work, machine: Machine, options: Options, repeats: int) -> Outcome:
+    """Return the rows of one case; an error of any kind costs this case and no other."""
+    wanted = options.backends or BACKENDS[options.device]
+    green = [name for name in wanted if not is_red(name, work, options.red)]
+    notes = [
+        f"{work.label}: {name}: its kernel missed the rule on this device, so it is not timed"
+        for name in wanted
+        if name not in green
+    ]
+    if not green:
+        return Outcome(notes=notes)
+    torch.manual_seed(0)
+    if "torch._dynamo" in sys.modules:
+        # A function that was compiled for eight shapes is given up: each case begins anew.
+        torch._dynamo.reset()
+    costly = options.all_peers or (work.suite == "attention forward" and work.tier == 0 and work.case in cases.COSTLY)
+    try:
+        outcome = harness.run(CONTESTS[work.kind](work, machine.device, green, costly), machine, repeats)
+    except Exception as error:
+        # An unattended run goes on with the next case, and says why.
+        outcome = Outcome(notes=[f"{work.label}: failed: {first_line(error)}"])
+    outcome.notes = notes + outcome.notes
+    return outcome
+
+
+def is_lost(device: str) -> bool:
+    """Return whether the device's context has met an error that stays."""
+    if device != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def _merge(report: Report, outcome: Outcome) -> None:
+    replaced = {(row.work, row.backend) for row in outcome.rows}
+    report.rows = [row for row in report.rows if (row.work, row.backend) not in replaced] + outcome.rows
+    report.new += len(outcome.rows)
+    report.notes += outcome.notes
+
+
+def save(report: Report) -> None:
+    """Write the rows, and beside them one JSON with the environment and with what was not timed, and why."""
+    if report.path is None or not report.rows or not report.machines:
+        return
+    harness.write(report.rows, report.path)
+    device = report.machines[0].device
+    if "environment" not in report.facts or report.facts.get("commit") != harness.commit():
+        # Once per run: it asks the system a dozen questions.
+        report.facts |= {"commit": harness.commit(), "environment": roofline.environment(report.machines)}
+    content = {
+        "facts": report.facts,
+        "peers": peers.availability(device),
+        "not timed": sorted(set(report.notes)),
+        "ended": report.ended,
+    }
+    report.path.with_suffix(".json").write_text(json.dumps(content, indent=1, sort_keys=True, default=str) + "\n")
+
+
+def line(row: Row) -> str:
+    """Return a finished row for the console."""
+    share = f"  {100 * row.share:3.0f} % of {row.bound}" if row.bound else ""
+    threads = f" {row.threads}t" if row.threads else ""
+    name = " ".join(filter(None, (row.suite, row.case, row.dtype, row.layout)))
+    return f"{name:66}{threads} {row.backend:6} {row.ours_p50:9.4g} ms  {row.ratio:5.2f} × {row.peer}{share}"
+
+
+@contextmanager
+def _progress(total: int, console: Console) -> Iterator[Callable[[str], None]]:
+    """Show a bar on a terminal; a log gets its lines from the rows."""
+    if not console.is_terminal:
+        yield lambda label: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("benchmarks", total=total)
+        yield lambda label: progress.update(task, advance=1, description=label[:48])

@@ -1,0 +1,107 @@
+"""What is paid before any arithmetic: a tiny eager call, the import, a process's first call, the build, the wheel."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import fastvit
+from benchmarks import harness
+from benchmarks.cases import AttentionShape, Work
+from benchmarks.harness import Contest
+from benchmarks.suite_attention import gate
+from benchmarks.timers import Call, Entry
+
+# A process takes seconds.
+PROCESSES = 5
+TINY = AttentionShape(1, 1, 16, 64)
+
+
+def contest(work: Work, device: str, backends: Sequence[str], costly: bool = False) -> Contest:
+    """Return one contest; processes are timed on the host, whatever the device."""
+    rules, absent = gate(TINY, work.dtype, "separate", device, backends)
+    what, version = work.details, f"torch {torch.__version__}"
+    if what.startswith("eager call"):
+        backward = "backward" in what
+        ours = tuple(Entry(name, lambda name=name: _call(name, device, backward), graph=False) for name in rules)  # type: ignore[misc]
+        peers = (Entry("SDPA", lambda: _call("", device, backward), version, graph=False),)
+    elif what == "import":
+        rules = dict(list(rules.items())[:1])
+        ours = tuple(Entry(name, lambda: _process("import fastvit"), graph=False) for name in rules)
+        peers = (Entry("import torch", lambda: _process("import torch"), version, graph=False),)
+    else:
+        ours = tuple(Entry(name, lambda name=name: _process(_first_call(name, device)), graph=False) for name in rules)  # type: ignore[misc]
+        peers = (Entry("SDPA", lambda: _process(_first_call("", device)), version, graph=False),)
+    host = not what.startswith("eager call")
+    return Contest(
+        work.suite, work.case, work.dtype, ours, peers, rules, absent=absent,
+        repeats=PROCESSES if host else 0, clock="cpu",
+    )  # fmt: skip
+
+
+def _call(backend: str, device: str, backward: bool) -> Call:
+    generator = torch.Generator(device).manual_seed(0)
+    sizes = (TINY.batch, TINY.heads, TINY.seqlen, TINY.head_dim)
+    query, key, value = (
+        torch.randn(*sizes, generator=generator, device=device).requires_grad_(backward) for _ in range(3)
+    )
+    grad = torch.ones(sizes, device=device)
+
+    def forward() -> torch.Tensor:
+        if backend:
+            return fastvit.attention(query, key, value, backend=backend)
+        return F.scaled_dot_product_attention(query, key, value)
+
+    if not backward:
+        return torch.no_grad()(forward)
+    return lambda: torch.autograd.grad(forward(), (query, key, value), grad)
+
+
+def _first_call(backend: str, device: str) -> str:
+    function = (
+        f"fastvit.attention(x, x, x, backend={backend!r})" if backend else "F.scaled_dot_product_attention(x, x, x)"
+    )
+    imports = "import torch, torch.nn.functional as F\n" + ("import fastvit\n" if backend else "")
+    wait = "torch.cuda.synchronize()\n" if device == "cuda" else ""
+    return f"{imports}x = torch.randn(1, 1, 16, 64, device={device!r})\n{function}\n{wait}"
+
+
+def _process(program: str) -> Call:
+    def call() -> None:
+        subprocess.run([sys.executable, "-c", program], cwd=harness.ROOT, check=True, capture_output=True)
+
+    return call
+
+
+def build_wheel(architectures: str = "") -> dict[str, Any]:
+    """Build a wheel without a network, in a folder of its own; return its seconds and MiB, or why there is none."""
+    variables = {**os.environ, **({"TORCH_CUDA_ARCH_LIST": architectures} if architectures else {})}
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
+        start = time.perf_counter()
+        result = subprocess.run(
+            [*command, "--wheel-dir", folder, str(harness.ROOT)],
+            capture_output=True,
+            text=True,
+            env=variables,
+            check=False,
+        )
+        seconds = time.perf_counter() - start
+        wheels = list(Path(folder).glob("*.whl"))
+        if result.returncode or not wheels:
+            lines = (result.stderr or result.stdout).strip().splitlines() or ["no message"]
+            return {"why not": f"pip wheel: exit status {result.returncode}: {lines[-1][:300]}"}
+        return {
+            "build_seconds": round(seconds, 1),
+            "wheel_mib": round(wheels[0].stat().st_size / 2**20, 2),
+            "architectures": architectures or "default",
+        }

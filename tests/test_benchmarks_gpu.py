@@ -1,0 +1,320 @@
+"""``make gpu`` without a GPU: what it says, and everything of it that can be rehearsed on a CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import cases, correctness, gpu, harness, roofline, runner, timers
+from benchmarks.roofline import Machine
+from benchmarks.timers import Entry
+from fastvit.testing import AttentionCase, PatchEmbedCase, check_attention, check_patch_embed
+
+MACHINE = Machine("cpu", "device", "avx2", 2, "driver", {"float32": 100.0}, 10.0)
+
+
+def test_without_a_gpu_it_says_so_in_one_line(tmp_path: Path) -> None:
+    # The whole way that make takes; the environment's empty values are make's when it was given none.
+    result = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "gpu"], cwd=harness.ROOT, capture_output=True, text=True, check=False,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "BUDGET": "", "OUT": ""},
+    )  # fmt: skip
+    assert result.returncode == 3
+    assert result.stdout == "make gpu: torch finds no CUDA device on this machine; nothing was run\n"
+    assert result.stderr == ""
+
+
+def test_the_build_is_for_this_architecture_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [gpu.architecture(pair) for pair in ((8, 0), (8, 9), (9, 0), (10, 0))] == ["8.0", "8.9", "9.0a", "10.0"]
+    seen: dict[str, Any] = {}
+
+    def fake(command: list[str], **options: Any) -> Any:
+        seen.update(command=command, architectures=options["env"]["TORCH_CUDA_ARCH_LIST"])
+        return SimpleNamespace(returncode=1, stdout="", stderr="no nvcc")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(gpu.subprocess, "run", fake)
+    assert gpu.build()["error"] == "no nvcc"
+    assert seen["architectures"] == "9.0a"
+    assert "build_ext" in seen["command"]
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("echo '========= ERROR SUMMARY: 0 errors'; exit 0", "clean: ERROR SUMMARY: 0 errors"),
+        ("echo '========= ERROR SUMMARY: 1 error'; exit 9", "FOUND: ERROR SUMMARY: 1 error"),
+        ("echo 'Device not supported'; exit 9", "could not run here"),
+        ("exit 1", "could not run here: exit status 1"),
+        ("exec sleep 5", "not finished after 0"),
+    ],
+)
+def test_only_a_finding_of_the_sanitizer_is_a_finding(
+    script: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    found = gpu.sanitize(0.6 if "sleep" in script else 60.0)
+    assert set(found) == {"memcheck", "racecheck"}
+    assert all(text.startswith(said) for text in found.values()), found
+
+
+def test_the_sanitizer_may_be_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
+    assert gpu.sanitize(1.0) == {"compute-sanitizer": "was not found on PATH"}
+    compile(gpu.SANITIZED, "program", "exec")
+
+
+def few_cases() -> list[correctness.Case]:
+    attention = AttentionCase(1, 1, 9, 9, 8, 8, torch.float32)
+    patches = PatchEmbedCase(1, 3, (2, 2), (4, 4), 8)
+    return [
+        ("attention", "a", torch.float32, lambda backend, device: check_attention(attention, backend, device)),
+        ("patch_embed", "b", torch.float32, lambda backend, device: check_patch_embed(patches, backend, device)),
+    ]
+
+
+def test_correctness_goes_on_where_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "c.jsonl"
+    monkeypatch.setattr(correctness, "cases", few_cases)
+    correctness.work_off("cpu", "cpu", path, -1.0)
+    assert not correctness.finished(path, "cpu", "cpu")
+    correctness.work_off("cpu", "cpu", path, 60.0)
+    lines = path.read_text().splitlines()
+    assert [json.loads(line)["state"] for line in lines] == ["began", "ran"] * 2
+    correctness.work_off("cpu", "cpu", path, 60.0)
+    assert path.read_text().splitlines() == lines
+    # Other sources: nothing of it counts.
+    monkeypatch.setattr(harness, "source_hash", lambda backend="cpu": "0" * 12)
+    assert not correctness.finished(path, "cpu", "cpu")
+
+
+def test_red_kernels_are_named_one_by_one() -> None:
+    common: dict[str, Any] = {"op": "attention", "dtype": "bfloat16"}
+    entries: dict[str, dict[str, Any]] = {
+        "good": common | {"state": "ran", "ratios": {"output": 0.5, "lse": 1.0, "grad_query": 0.9}},
+        "backward is wrong": common | {"state": "ran", "ratios": {"output": 0.5, "grad_query": 1.01}},
+        "cannot": common | {"state": "cannot", "dtype": "float32"},
+        "died": {"op": "patch_embed", "dtype": "float16", "state": "began"},
+    }
+    red, figures = correctness.judge(entries, "cuda")
+    assert red == {
+        ("cuda", "attention backward", "bfloat16"),
+        ("cuda", "patch_embed forward", "float16"),
+        ("cuda", "patch_embed backward", "float16"),
+    }
+    assert figures["cannot"] == 1
+    assert len(figures["misses"]) == 2
+    nan = {"x": common | {"state": "ran", "ratios": {"output": float("nan")}}}
+    assert correctness.judge(nan, "cuda")[0] == {("cuda", "attention forward", "bfloat16")}
+
+
+def test_a_process_that_dies_leaves_its_case_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "c.jsonl"
+    stamp, states = correctness.stamp("cpu", "cpu"), iter((["a", "ran"], ["b", ""], ["c", "ran"]))
+
+    def process(*args: Any, **options: Any) -> Any:
+        name, state = next(states, ("", ""))
+        if not name:
+            return SimpleNamespace(returncode=0)
+        base = stamp | {"case": name, "op": "attention", "dtype": "float32"}
+        with open(path, "a") as file:
+            file.write(json.dumps(base | {"state": "began"}) + "\n")
+            if state:
+                file.write(json.dumps(base | {"state": state, "ratios": {"output": 0.5}}) + "\n")
+            # What a process leaves that is ended while it writes.
+            file.write("" if state else '{"case": "b", "sta\n')
+        return SimpleNamespace(returncode=-11)
+
+    monkeypatch.setattr(correctness.subprocess, "run", process)
+    red, figures = correctness.run("cpu", "cpu", path, 60.0)
+    assert red == {("cpu", "attention forward", "float32"), ("cpu", "attention backward", "float32")}
+    assert figures["cases"] == 3
+    assert "died" in figures["misses"][0]
+
+
+def work(suite: str, kind: str, dtype: torch.dtype = torch.bfloat16) -> cases.Work:
+    return cases.Work(suite, "case", dtype, 0, kind, None)
+
+
+def test_a_red_kernel_stops_its_own_speed_alone() -> None:
+    red = {("cuda", "attention backward", "bfloat16"), ("triton", "patch_embed forward", "float16")}
+    assert runner.is_red("cuda", work("attention backward", "attention"), red)
+    assert runner.is_red("cuda", work("attention forward + backward, bias", "attention"), red)
+    assert runner.is_red("cuda", work("model training step, eager", "models"), red)
+    assert runner.is_red("triton", work("model inference, eager", "models", torch.float16), red)
+    assert not runner.is_red("cuda", work("attention forward", "attention"), red)
+    assert not runner.is_red("cuda", work("attention backward", "attention", torch.float16), red)
+    assert not runner.is_red("triton", work("attention backward", "attention"), red)
+    assert not runner.is_red("cuda", work("model inference, eager", "models"), red)
+
+
+@pytest.fixture
+def rehearsal(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Have the processes of ``make gpu`` run in this one, and return their arguments."""
+    started: list[list[str]] = []
+
+    def process(command: list[str], seconds: float, log: Path) -> int:
+        assert command[:3] == [sys.executable, "-m", "benchmarks.gpu"]
+        started.append(command[3:])
+        return gpu.main(command[3:])
+
+    monkeypatch.setattr(gpu, "logged", process)
+    monkeypatch.setattr(
+        roofline, "measure", lambda *args, **kwargs: dataclasses.replace(MACHINE, threads=torch.get_num_threads())
+    )
+    monkeypatch.setattr(runner.cases, "PATCHES", {"cpu": ((1, 32, 16, 24),)})
+    monkeypatch.setattr(runner, "REPEATS", {"cpu": 1})
+    telling = {"cpu": ((1, 2, 17, 16, False), (1, 2, 33, 16, False))}
+    monkeypatch.setattr(runner.cases, "TELLING", telling)
+    monkeypatch.setattr(runner.cases, "QUICK", {"cpu": ("B1 H2 N17 D16", "B1 H2 N33 D16", "B1 32² P16 D24")})
+    return started
+
+
+def test_a_rehearsal_leaves_rows_environment_and_what_was_red(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rehearsal: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    red = {("cpu", "attention forward", "float32")}
+    monkeypatch.setattr(
+        correctness,
+        "run",
+        lambda backend, *args: (red, {"cases": 1, "cannot": 0, "not reached": 0, "misses": ["x"], "red": []}),
+    )
+    command = ["--device", "cpu", "--quick", "--out", str(tmp_path), "--budget", "100"]
+    # A red kernel makes the status 1, and the others are measured all the same.
+    assert gpu.main(command) == 1
+    (path,) = tmp_path.glob("cpu-*.csv")
+    rows = harness.read(path)
+    assert {row.suite for row in rows} == {"patch_embed forward"}
+    side = json.loads(path.with_suffix(".json").read_text())
+    assert side["facts"]["correctness"]["cpu"]["misses"] == ["x"]
+    assert side["facts"]["environment"]["collect_env"]["torch_version"] == torch.__version__
+    assert any("missed the rule on this device" in note for note in side["not timed"])
+    assert "red, so its speed is not measured: cpu attention forward float32" in capsys.readouterr().out
+    # Mended: the next lease measures what is missing, and nothing twice.
+    red.clear()
+    assert gpu.main(command) == 0
+    again = harness.read(path)
+    assert {row.suite for row in again} >= {"patch_embed forward", "attention forward"}
+    assert [row for row in again if row in rows] == rows
+    assert not (tmp_path / "gpu-state.json").exists()
+
+
+def test_the_suites_go_on_behind_a_case_that_lost_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rehearsal: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    running: list[str] = []
+    measure = runner.measure_one
+
+    def one(work: cases.Work, *args: Any) -> harness.Outcome:
+        running.append(work.label)
+        return measure(work, *args)
+
+    monkeypatch.setattr(runner, "measure_one", one)
+    monkeypatch.setattr(runner, "is_lost", lambda device: "N33" in running[-1])
+    command = ["--device", "cpu", "--quick", "--no-correctness", "--out", str(tmp_path), "-k", "attention float32"]
+    assert gpu.main(command) == 1
+    lost = [label for label in running if "N33" in label]
+    assert len(rehearsal) == len(lost) + 1
+    assert len(set(lost)) == len(lost) > 0
+    (path,) = tmp_path.glob("cpu-*.csv")
+    rows = harness.read(path)
+    assert rows
+    assert not any("N33" in row.case for row in rows)
+    assert "the suites go on without it" in capsys.readouterr().out
+
+
+def test_a_process_is_logged_and_one_that_waits_for_ever_is_ended(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "log"
+    program = "import sys; print('out'); print('err', file=sys.stderr); sys.exit(7)"
+    assert gpu.logged([sys.executable, "-c", program], 60.0, log) == 7
+    assert sorted(log.read_text().split()) == ["err", "out"]
+    assert sorted(capsys.readouterr().out.split()) == ["err", "out"]
+    start = time.monotonic()
+    assert gpu.logged(["sleep", "60"], 0.2, log) == gpu.TOO_LONG
+    assert time.monotonic() - start < 30
+
+
+class FakeEvent:
+    log: list[str]
+
+    def __init__(self, enable_timing: bool) -> None:
+        self.time = 0.0
+
+    def record(self) -> None:
+        self.time = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return (end.time - self.time) * 1e3
+
+
+def test_on_a_device_each_replay_has_a_cold_cache_and_entries_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+
+    class Graph:
+        def __init__(self) -> None:
+            self.call: Any = None
+
+        def replay(self) -> None:
+            log.append(f"replay {self.name}")  # type: ignore[attr-defined]
+
+    @contextlib.contextmanager
+    def capture(graph: Graph, stream: object) -> Any:
+        length = len(log)
+        yield
+        graph.name = log[length]  # type: ignore[attr-defined]
+
+    fake = SimpleNamespace(
+        Stream=lambda: SimpleNamespace(wait_stream=lambda other: None), current_stream=lambda: None, CUDAGraph=Graph,
+        graph=capture, Event=FakeEvent, stream=lambda stream: contextlib.nullcontext(), synchronize=lambda: None,
+        reset_peak_memory_stats=lambda: None, max_memory_allocated=lambda: 5 << 20,
+        memory_allocated=lambda: 2 << 20, empty_cache=lambda: None,
+    )  # fmt: skip
+    monkeypatch.setattr(timers.torch, "cuda", fake)
+    monkeypatch.setattr(timers, "DEVICE", "cpu")
+    monkeypatch.setattr(timers, "FLUSH_BYTES", 8)
+    monkeypatch.setattr(timers.torch.Tensor, "zero_", lambda self: log.append("flush"))
+
+    def call(name: str) -> Any:
+        return lambda: lambda: log.append(name)
+
+    def too_large() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    entries = [
+        Entry("a", call("a")),
+        Entry("b", call("b")),
+        Entry("c", lambda: too_large),
+        Entry("d", call("d"), graph=False),
+    ]
+    times, absent = timers.measure(entries, 4, "cuda")
+    assert absent == {"c": "OutOfMemoryError: CUDA out of memory"}
+    timed = log[log.index("flush") :]
+    # Sample by sample: a's graph (and its eager call in each third sample), then b's, then d without a graph.
+    assert timed == [
+        *("flush", "replay a", "flush", "a", "flush", "replay b", "flush", "b", "flush", "d"),
+        *("flush", "replay a", "flush", "replay b", "flush", "d") * 2,
+        *("flush", "replay a", "flush", "a", "flush", "replay b", "flush", "b", "flush", "d"),
+    ]
+    assert [(times[name].clock, len(times[name].samples), len(times[name].eager)) for name in "abd"] == [
+        ("graph", 4, 2), ("graph", 4, 2), ("events", 4, 4),
+    ]  # fmt: skip
+    assert times["a"].mib == 3.0
