@@ -1,7 +1,8 @@
 """The one entry point: ``python -m benchmarks SUITE [options]``.
 
 Suites: attention, patch_embed, models, overhead, all; cpu (all of them on this CPU: tables and a file), gpu (``make
-gpu``), roofline. Commands: compare, report. ``-h`` after any of them has its options.
+gpu``), roofline. Commands: compare, report, architectures (what a swap does to the models that people run). ``-h``
+after any of them has its options.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ def main(arguments: list[str] | None = None) -> int:
         return compare.main(rest)
     if command == "report":
         return report.main(rest)
+    if command == "architectures":
+        from benchmarks import architectures
+
+        return architectures.main(rest)
     if command == "gpu":
         from benchmarks import gpu
 
