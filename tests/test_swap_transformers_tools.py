@@ -203,7 +203,8 @@ import sys, torch
 for model, inputs, expected in torch.load(sys.argv[1], weights_only=False):
     assert (model(**inputs).last_hidden_state - expected).abs().max() < 1e-4
     fused = [module for module in model.modules() if type(module).__name__.startswith("Fused")]
-    assert len(fused) >= 2 and type(fused[0]).__module__ == "fastvit.adapters.transformers_models"
+    homes = [type(module).__module__ for module in fused]
+    assert homes.count("fastvit.adapters.transformers_models") >= 2, homes
     from fastvit.swap import unswap
     assert len(unswap(model).rows) == len(fused)
 print("done")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastvit.testing import AttentionCase, assert_close, check_attention, compare
+from fastvit.swap import swap
+from fastvit.testing import AttentionCase, assert_close, check_attention, check_model, compare, compare_runs, livened
 
 
 def sample() -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,3 +100,73 @@ def test_a_wrong_kernel_is_seen_in_every_tensor(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(native, "attention_backward", wrong_backward)
     missed = {r.name for r in check_attention(case, "cpu") if not r.passed}
     assert missed == {"grad_query", "grad_key", "grad_value"}
+
+
+def test_tensors_of_a_few_elements_are_compared_together() -> None:
+    expected, _ = sample()
+    scalars = {f"gate {index}": expected[0, index : index + 1] for index in range(4)}
+    own = {name: value.float() + 1e-5 * index for index, (name, value) in enumerate(scalars.items())}
+    actual = {name: value.float() + 1e-5 for name, value in scalars.items()}
+    assert not compare(actual["gate 0"], scalars["gate 0"], own["gate 0"]).passed
+    (together,) = compare_runs(actual, scalars, [own])
+    assert together.passed
+    assert together.shape == (4,)
+    actual["gate 2"] = actual["gate 2"] + 1e-4
+    assert not compare_runs(actual, scalars, [own])[0].passed
+
+
+def test_a_bias_without_a_true_gradient_is_held_to_the_weight_beside_it() -> None:
+    weight = torch.randn(32, dtype=torch.float64)
+    expected = {"norm.weight": weight, "norm.bias": torch.full((32,), 1e-17, dtype=torch.float64)}
+    own = {"norm.weight": weight.float() + 1e-6, "norm.bias": torch.full((32,), 1e-8)}
+    for error, passed in ((1.5e-6, True), (3e-6, False)):
+        actual = {"norm.weight": weight.float(), "norm.bias": torch.full((32,), error)}
+        assert [comparison.passed for comparison in compare_runs(actual, expected, [own])] == [True, passed]
+    expected["norm.bias"] = torch.full((32,), 1e-3, dtype=torch.float64)
+    own["norm.bias"] = expected["norm.bias"].float() + 1e-8
+    actual = {"norm.weight": weight.float(), "norm.bias": own["norm.bias"] + 1.5e-6}
+    assert not compare_runs(actual, expected, [own])[1].passed
+
+
+class Wrapped(torch.nn.Module):
+    """A model that returns a tree of things."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention(32, 2, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor | int]:
+        return {"tokens": self.attention(x, x, x, need_weights=False)[0], "count": x.shape[1]}
+
+
+def test_check_model_holds_outputs_and_every_gradient_and_leaves_the_model_alone() -> None:
+    model, x = livened(Wrapped()), torch.randn(4, 9, 32)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    comparisons = check_model(model, x)
+    assert {comparison.name for comparison in comparisons} == {"output 0", *before}
+    assert all(comparison.passed for comparison in comparisons)
+    assert type(model.attention) is torch.nn.MultiheadAttention
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    swap(model)
+    assert [str(each) for each in check_model(model, x)] == [str(each) for each in comparisons]
+    assert len(check_model(model, x, backward=False)) == 1
+
+
+def test_check_model_sees_a_swap_that_computes_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fastvit.adapters.torch_nn as adapter
+
+    model, x = livened(Wrapped()), torch.randn(4, 9, 32)
+    wrong = adapter.FusedMultiheadAttention.forward
+
+    def off(self: torch.nn.Module, *args: object, **options: object) -> object:
+        output, weights = wrong(self, *args, **options)
+        return output * (1 + 2e-6), weights
+
+    monkeypatch.setattr(adapter.FusedMultiheadAttention, "forward", off)
+    assert not all(comparison.passed for comparison in check_model(model, x))
+
+
+def test_check_model_needs_something_to_compare() -> None:
+    with pytest.raises(ValueError, match=r"^model: got Flatten, which returns no floating tensor"):
+        check_model(torch.nn.Flatten(), torch.arange(6).reshape(2, 3))

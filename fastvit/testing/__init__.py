@@ -1,7 +1,7 @@
 """The tolerance rule and its cases: for our tests, for ``fastvit check``, and for other people's kernels and models."""
 
 from fastvit.testing.attention import VIT_SEQLENS, AttentionCase, check_attention, vit_attention_cases
-from fastvit.testing.model import check_model, livened
+from fastvit.testing.model import check_model, compare_runs, livened
 from fastvit.testing.patch_embed import PatchEmbedCase, check_patch_embed, vit_patch_embed_cases
 from fastvit.testing.rule import Comparison, assert_close, compare
 
@@ -15,6 +15,7 @@ __all__ = [
     "check_model",
     "check_patch_embed",
     "compare",
+    "compare_runs",
     "livened",
     "vit_attention_cases",
     "vit_patch_embed_cases",
