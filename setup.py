@@ -108,7 +108,8 @@ class BuildNative(build_ext):
 
 def cxx_rule(ninja: Writer, compiler: str, options: str) -> None:
     """Define the rule ``cxx``: one C++ source, with ``$more`` options of its own."""
-    includes = (find_torch() / "include", pybind11.get_include(), sysconfig.get_path("include"))
+    # pybind11 comes before torch's copy of it, which some versions (2.11) forbid where the stable ABI is asked for.
+    includes = (pybind11.get_include(), find_torch() / "include", sysconfig.get_path("include"))
     flags = f"-std=c++20 -fPIC -fvisibility=hidden -Wall -Wextra -DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"
     flags += "".join(f" -isystem {path}" for path in includes)
     command = f"{compiler} -MMD -MF $out.d {flags} {options} {os.environ.get('CXXFLAGS', '')} $more -c $in -o $out"

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastvit
 from fastvit.testing import VIT_SEQLENS, AttentionCase, check_attention, vit_attention_cases
@@ -162,7 +163,9 @@ def test_a_row_of_nan_scores_is_nan_not_zero(backend: str) -> None:
 def test_empty_sizes_give_what_sdpa_gives(backend: str, shape: tuple[int, ...]) -> None:
     query, key, value = (torch.randn(shape, requires_grad=True) for _ in range(3))
     result = fastvit.attention(query, key, value, backend=backend)
-    assert result.shape == F.scaled_dot_product_attention(query, key, value).shape
+    # Its math path, because the flash one of torch 2.11 ends the process on no heads: it divides by their number.
+    with sdpa_kernel(SDPBackend.MATH):
+        assert result.shape == F.scaled_dot_product_attention(query, key, value).shape
     assert [grad.shape for grad in torch.autograd.grad(result.sum(), (query, key, value))] == [query.shape] * 3
 
 

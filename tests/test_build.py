@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import re
 import runpy
@@ -12,7 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pybind11
 import pytest
+from ninja.ninja_syntax import Writer
 
 from fastvit.kernels import cuda
 
@@ -110,6 +113,15 @@ def test_a_torch_without_cuda_builds_none(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setenv("FASTVIT_BUILD_CUDA", "1")
     with pytest.raises(SystemExit, match="the torch that is installed has no CUDA"):
         module["find_nvcc"]()
+
+
+def test_pybind11_is_the_one_that_setup_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    # torch has a copy among its headers, which in 2.11 is an error where TORCH_TARGET_VERSION is defined.
+    module, written = read_setup(monkeypatch), io.StringIO()
+    module["cxx_rule"](Writer(written, width=1000), "c++", "")
+    directories = re.findall(r"-isystem (\S+)", written.getvalue())
+    assert next(path for path in directories if Path(path, "pybind11").is_dir()) == pybind11.get_include()
+    assert str(module["find_torch"]() / "include") in directories
 
 
 @pytest.mark.parametrize(("given", "expected"), [("", ["_C"]), ("1", ["_C", "_emulator"]), ("only", ["_emulator"])])

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 pytest.importorskip("timm")
@@ -37,3 +38,5 @@ def test_two_processes(case: str, parts: list[str]) -> None:
     assert finished.returncode == 0, finished.stdout + finished.stderr
     # Both ranks write into one pipe.
     assert {part: finished.stdout.count(f"{part}: fine") for part in parts} == dict.fromkeys(parts, 2), finished.stdout
+    if "refuses PackedColwiseParallel" in finished.stdout:
+        pytest.skip(f"the DTensor of torch {torch.__version__} cannot shard a packed projection; the refusal was tested")

@@ -146,8 +146,12 @@ def weight_readers(module: nn.Module) -> str | None:
 
 def _eager_function(kind: type[nn.Module]) -> Callable[..., tuple[Tensor, Tensor]] | None:
     """Return the eager function of the file that the layer's class comes from; they differ in their rounding."""
-    files = (sys.modules.get(base.__module__) for base in kind.__mro__)
-    return next((function for file in files if (function := getattr(file, "eager_attention_forward", None))), None)
+    # A loop, because dynamo in torch 2.11 cannot trace a generator that assigns.
+    for base in kind.__mro__:
+        function = getattr(sys.modules.get(base.__module__), "eager_attention_forward", None)
+        if function is not None:
+            return cast(Callable[..., tuple[Tensor, Tensor]], function)
+    return None
 
 
 def _with_weights(

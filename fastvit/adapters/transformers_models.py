@@ -64,14 +64,14 @@ class _ConfigView:
     @property
     def _attn_implementation(self) -> str:
         module = self._fastvit_module
-        name = module.__dict__["config"]._attn_implementation
+        name = module._fastvit_attributes["config"]._attn_implementation
         if name in (*READABLE, NAME):
             return NAME
         module._warn_fallback(_unreadable(name))
         return cast(str, name)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_fastvit_module"].__dict__["config"], name)
+        return getattr(self.__dict__["_fastvit_module"]._fastvit_attributes["config"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.__dict__["_fastvit_module"].__dict__["config"], name, value)
@@ -99,6 +99,9 @@ class FusedAttentionForward(FusedForward):
     """The fused forward of a layer that asks transformers' AttentionInterface for its attention function."""
 
     fastvit_kind = "attention"
+    # The instance's __dict__ by a second name. In torch 2.11 dynamo takes ``module.__dict__["config"]`` for
+    # ``module.config``, the property below, and would trace the property inside itself for ever.
+    _fastvit_attributes = vars(nn.Module)["__dict__"]
 
     @property
     def config(self) -> Any:

@@ -127,6 +127,7 @@ class PackedColwiseParallel(ParallelStyle):
     Raises:
         ValueError: the mesh does not divide the heads, or the module's width is no multiple of 3 · num_heads.
         TypeError: the module is no Linear.
+        NotImplementedError: this torch's DTensor cannot hold heads that are spread over a flat dimension (2.11).
     """
 
     def __init__(self, num_heads: int) -> None:
@@ -145,7 +146,7 @@ class PackedColwiseParallel(ParallelStyle):
     def _partition(self, _: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
         for name, parameter in list(module.named_parameters(recurse=False)):
             packed = parameter.detach().unflatten(0, (3, self.num_heads, -1))
-            sharded = distribute_tensor(packed, device_mesh, [Shard(1)]).flatten(0, 2)
+            sharded = _flattened(distribute_tensor(packed, device_mesh, [Shard(1)]))
             module.register_parameter(name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
 
     @staticmethod
@@ -156,3 +157,14 @@ class PackedColwiseParallel(ParallelStyle):
         elif isinstance(x, DTensor):
             x = x.redistribute(device_mesh, (Replicate(),))
         return (x, *rest)
+
+
+def _flattened(packed: DTensor) -> Tensor:
+    """Return [3, H, D, …], sharded over H, as [3 · H · D, …]: a rank's part of it lies in three pieces."""
+    try:
+        return packed.flatten(0, 2)
+    except RuntimeError as error:
+        raise NotImplementedError(
+            f"fastvit PackedColwiseParallel: the DTensor of torch {torch.__version__} cannot flatten a sharded dimension "
+            "that has another in front; it needs torch 2.12 or newer"
+        ) from error

@@ -1,7 +1,8 @@
 """Tile sizes as data: one row per (kernel, element size, head_dim bucket, bias), by architecture family, with reasons.
 
 Nothing here needs Triton. No row is chosen by timing at a user's first call, and every row is compiled ahead of time by
-``aot.py``: a row that spills a register, or that does not fit a family's shared memory, fails the tests.
+``aot.py``: a row that spills a register, or that does not fit a family's shared memory, fails the tests. The rows hold
+for the oldest Triton that is supported (3.6) and the newest (3.8), whose register allocation differs.
 Families: sm_80 is every NVIDIA chip with mma.sync (8.x and 12.x; the rows fit the 99 KiB of sm_86), sm_90 has wgmma,
 sm_100 tcgen05 and tensor memory, gfx942 is AMD CDNA3 with MFMA and 64 KiB of local memory.
 """
@@ -73,7 +74,9 @@ _ATTENTION: dict[tuple[str, int, int, bool], Row] = {
     ("attention_forward", 4, 64, True): _row(Config(64, 32, 8, 1), gfx942=Config(64, 32, 4, 1)),
     ("attention_forward", 4, 128, False): _row(Config(32, 32, 8, 1), gfx942=Config(32, 16, 8, 1)),
     ("attention_forward", 4, 128, True): _row(Config(32, 32, 8, 1), gfx942=Config(32, 16, 8, 1)),
-    ("attention_forward", 4, 256, False): _row(Config(32, 16, 16, 1), gfx942=Config(16, 16, 4, 1)),
+    ("attention_forward", 4, 256, False): _row(
+        Config(32, 16, 16, 1), sm_90=Config(32, 16, 8, 1), gfx942=Config(16, 16, 4, 1),
+    ),
     ("attention_forward", 4, 256, True): _row(Config(32, 16, 16, 1), gfx942=Config(16, 16, 4, 1)),
     # dK and dV, 16 bits: two accumulators of block_n rows. Queries come in small blocks, since each brings two tiles.
     ("grad_key_value", 2, 64, False): _row(
@@ -81,10 +84,10 @@ _ATTENTION: dict[tuple[str, int, int, bool], Row] = {
     ),
     ("grad_key_value", 2, 64, True): _row(Config(32, 128, 8, 2), gfx942=Config(32, 64, 4, 1)),
     ("grad_key_value", 2, 128, False): _row(
-        Config(32, 128, 8, 2), sm_80=Config(64, 64, 8, 2), gfx942=Config(32, 64, 4, 1),
+        Config(32, 128, 8, 2), sm_80=Config(64, 64, 8, 1), gfx942=Config(32, 64, 4, 1),
     ),
     ("grad_key_value", 2, 128, True): _row(
-        Config(64, 64, 8, 2), sm_90=Config(32, 64, 8, 2), gfx942=Config(32, 64, 4, 1),
+        Config(64, 64, 8, 2), sm_90=Config(32, 64, 8, 2), sm_100=Config(64, 64, 8, 1), gfx942=Config(32, 64, 4, 1),
     ),
     # 64 keys by wgmma would spill at this width: 32 keys go by mma.sync.
     ("grad_key_value", 2, 256, False): _row(
@@ -93,14 +96,18 @@ _ATTENTION: dict[tuple[str, int, int, bool], Row] = {
     ("grad_key_value", 2, 256, True): _row(
         Config(16, 32, 8, 1), sm_100=Config(32, 64, 8, 1), gfx942=Config(16, 32, 4, 1),
     ),
-    ("grad_key_value", 4, 64, False): _row(Config(16, 64, 8, 1)),
-    ("grad_key_value", 4, 64, True): _row(Config(16, 32, 16, 1), gfx942=Config(16, 32, 8, 1)),
+    ("grad_key_value", 4, 64, False): _row(Config(16, 64, 8, 1), sm_100=Config(16, 32, 8, 1)),
+    ("grad_key_value", 4, 64, True): _row(
+        Config(16, 32, 16, 1), sm_90=Config(16, 32, 8, 1), gfx942=Config(16, 32, 8, 1),
+    ),
     ("grad_key_value", 4, 128, False): _row(Config(16, 32, 8, 1), gfx942=Config(16, 16, 4, 1)),
     ("grad_key_value", 4, 128, True): _row(Config(16, 32, 8, 1), gfx942=Config(16, 16, 4, 1)),
     ("grad_key_value", 4, 256, False): _row(Config(16, 16, 8, 1), gfx942=Config(16, 16, 4, 1)),
     ("grad_key_value", 4, 256, True): _row(Config(16, 16, 8, 1), gfx942=Config(16, 16, 4, 1)),
     # dQ, 16 bits: one accumulator, and the queries and their gradients stay for the whole loop.
-    ("grad_query", 2, 64, False): _row(Config(128, 64, 8, 2), sm_100=Config(128, 32, 8, 2)),
+    ("grad_query", 2, 64, False): _row(
+        Config(128, 64, 8, 2), sm_80=Config(128, 32, 8, 2), sm_100=Config(128, 32, 8, 2),
+    ),
     ("grad_query", 2, 64, True): _row(Config(128, 64, 8, 2), sm_100=Config(128, 32, 8, 2), gfx942=Config(64, 32, 4, 1)),
     ("grad_query", 2, 128, False): _row(
         Config(64, 64, 8, 2), sm_100=Config(128, 32, 8, 2), gfx942=Config(64, 32, 4, 1),
