@@ -4,6 +4,7 @@
 
 #include "attention_backward.h"
 #include "attention_forward.h"
+#include "fma_peak.h"
 #include "patch_embed.h"
 
 #define FASTVIT_STRING_OF(name) #name
@@ -27,6 +28,7 @@ const KernelTable kTable = {
     patch_embed_backward_weight,
     patch_embed_backward_images_tasks,
     patch_embed_backward_images,
+    fma_steps,
 };
 
 }  // namespace fastvit::cpu::FASTVIT_CAPABILITY

@@ -46,6 +46,7 @@ struct KernelTable {
   void (*patch_embed_backward_weight)(const PatchEmbedParams&, int64_t begin, int64_t end);
   int64_t (*patch_embed_backward_images_tasks)(const PatchEmbedParams&);
   void (*patch_embed_backward_images)(const PatchEmbedParams&, int64_t begin, int64_t end);
+  double (*fma_steps)(int64_t steps, float* sink);  // a benchmark's yardstick: returns the operations it did
 };
 
 // The table of the best instruction set that was built and that this processor has; FASTVIT_CPU_CAPABILITY forces one.
