@@ -18,7 +18,9 @@ def show(rows: list[Row], console: Console) -> None:
     for threads in sorted({row.threads for row in chosen}):
         group = [row for row in chosen if row.threads == threads]
         first = group[0]
-        table = Table("suite", "case", "dtype", "ours", "ms", "peer", "peer ms", "ratio", "GFLOP/s", "of roof", "of FMA", "rule")
+        table = Table(
+            "suite", "case", "dtype", "ours", "ms", "peer", "peer ms", "ratio", "GFLOP/s", "of roof", "of FMA", "rule"
+        )
         for row in group:
             table.add_row(
                 row.suite, " ".join(filter(None, (row.case, row.layout))), row.dtype, row.backend,

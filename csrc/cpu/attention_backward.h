@@ -32,9 +32,8 @@ class AttentionBackward {
     padded_dim_ = round_up(p.head_dim, L);
     padded_dim_v_ = round_up(p.head_dim_v, L);
     partial_size_ = p.seqlen_k * (padded_dim_ + padded_dim_v_);
-    const int64_t blocks = ceil_div(p.seqlen_q, W);
-    blocks_per_leaf_ = max64(1, ceil_div(blocks, kLeaves));
-    leaves_ = ceil_div(blocks, blocks_per_leaf_);
+    blocks_ = ceil_div(p.seqlen_q, W);
+    leaves_ = min64(blocks_, kLeaves);
     while (max_parts_ < leaves_) max_parts_ *= 2;
   }
 
@@ -142,10 +141,10 @@ class AttentionBackward {
   void run_leaf(int64_t leaf, T* target) {
     // Without a query there is one leaf, and no block that would begin its sums.
     for (int64_t i = 0; p_.seqlen_q == 0 && i < partial_size_; ++i) target[i] = 0;
-    for (int64_t block = 0; block < blocks_per_leaf_; ++block) {
-      const int64_t first = (leaf * blocks_per_leaf_ + block) * W;
-      if (first >= p_.seqlen_q) return;
-      run_block({batch_, head_, first, min64(W, p_.seqlen_q - first)}, block == 0, target);
+    const int64_t begin = leaf * blocks_ / max64(leaves_, 1), end = (leaf + 1) * blocks_ / max64(leaves_, 1);
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = block * W;
+      run_block({batch_, head_, first, min64(W, p_.seqlen_q - first)}, block == begin, target);
     }
   }
 
@@ -255,7 +254,7 @@ class AttentionBackward {
 
   const AttentionBackwardParams& p_;
   const Scale<T> scale_;
-  int64_t padded_dim_, padded_dim_v_, partial_size_, blocks_per_leaf_, leaves_, max_parts_ = 1;
+  int64_t padded_dim_, padded_dim_v_, partial_size_, blocks_, leaves_, max_parts_ = 1;
   int64_t batch_ = 0, head_ = 0;
   Matrix<T> key_{}, value_{};
   T *key_buffer_ = nullptr, *value_buffer_ = nullptr;
