@@ -1,8 +1,8 @@
 // Runs the CPU kernels without torch, for tests/test_cpu_sanitizers.py: every buffer is a heap block of exactly the
 // tensor's extent, so that AddressSanitizer sees one element too far; results are compared with plain loops in double.
 //
-// Arguments: nothing, or the name of a fault to plant (empty: none), and a second one for float32 alone. The faults are
-// "short-output", "short-key", "short-image", "short-weight" (a buffer without its last row) or "overlap" (two threads
+// Arguments: the name of a fault to plant (empty: none), and anything more for float32 alone. The faults are
+// "short-output", "short-key", "short-image", "short-weight" (a buffer without its last row) and "overlap" (two threads
 // get the same task). Prints the number of comparisons.
 #include <algorithm>
 #include <cmath>
