@@ -40,6 +40,7 @@ class Row:
 
     Times are milliseconds, rates GFLOP/s of useful work and GB/s of least traffic, memory MiB. Columns after
     ``sources`` are absent from the first files that were committed and read as their defaults; 0 is "not measured".
+    ``fma_gflops`` is the rate of float32 multiply-adds in registers on the same threads, measured in the same run.
     ``share`` is the part of the roof ``bound`` that ours reaches, ``clock`` "host", "graph" or "events", and the
     columns ``…_eager`` are p50 on a GPU without a graph.
     """
@@ -83,6 +84,12 @@ class Row:
     driver: str = ""
     triton: str = ""
     measured: str = ""
+    fma_gflops: float = 0.0
+
+    @property
+    def fma_share(self) -> float:
+        """The part of the FMA rate that ours reaches; 0 unless the work is float32 on a CPU."""
+        return self.ours_gflops / self.fma_gflops if self.fma_gflops else 0.0
 
     @property
     def work(self) -> tuple[str, str, str, str, int]:
@@ -174,6 +181,7 @@ def _row(contest: Contest, machine: Machine, entry: Entry, peer: Entry | None, t
         ours_mib=round(ours.mib, 1), peer_mib=round(theirs.mib, 1),
         peer_version=peer.version if peer else "", driver=machine.driver, triton=triton_version(),
         measured=datetime.now(UTC).isoformat(timespec="seconds"),
+        fma_gflops=machine.fma_gflops if contest.dtype == torch.float32 else 0.0,
     )  # fmt: skip
 
 

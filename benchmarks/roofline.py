@@ -6,6 +6,7 @@ says how far a kernel is from what this very machine does, clocks, neighbours an
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
 from dataclasses import dataclass
@@ -24,11 +25,15 @@ COPY_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 # Square products; the best counts, because a library may be tuned for one size and not for another.
 MATRIX_SIZES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}
 REPEATS = 5
+FMA_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
 class Machine:
-    """One device with a number of threads (0 on a GPU); ``peaks`` are GFLOP/s by dtype, 0 where not measured."""
+    """One device with a number of threads (0 on a GPU); ``peaks`` are GFLOP/s by dtype, 0 where not measured.
+
+    ``fma_gflops`` is what float32 multiply-adds in registers reach on a CPU: no product can be faster.
+    """
 
     device: str
     name: str
@@ -37,6 +42,7 @@ class Machine:
     driver: str
     peaks: dict[str, float]
     gbs: float
+    fma_gflops: float = 0.0
 
     def peak(self, dtype: torch.dtype) -> float:
         """Return the measured matrix rate in GFLOP/s."""
@@ -46,7 +52,8 @@ class Machine:
         """Return one line for people."""
         peaks = ", ".join(f"{name} {peak / 1e3:.3g}" for name, peak in self.peaks.items())
         threads = f", {self.threads} threads" if self.threads else ""
-        return f"{self.name} ({self.capability}{threads}): copy {self.gbs:.0f} GB/s, products in TFLOP/s: {peaks}"
+        fma = f", FMA in registers {self.fma_gflops / 1e3:.3g}" if self.fma_gflops else ""
+        return f"{self.name} ({self.capability}{threads}): copy {self.gbs:.0f} GB/s, products in TFLOP/s: {peaks}{fma}"
 
 
 def copy_bandwidth(device: str, size: int | None = None, repeats: int = REPEATS) -> float:
@@ -69,6 +76,14 @@ def matrix_rate(device: str, dtype: torch.dtype, sizes: tuple[int, ...] | None =
     return max(rates)
 
 
+def fma_rate(device: str) -> float:
+    """Return GFLOP/s of float32 multiply-adds in registers, in our kernels' instruction set and on torch's threads.
+
+    0 on a GPU. It is a loop of our own without memory or latency in its way (csrc/cpu/fma_peak.h), not torch's product.
+    """
+    return 0.0 if device == "cuda" else float(importlib.import_module("fastvit._C").fma_peak(FMA_SECONDS))
+
+
 def device_name(device: str) -> str:
     """Return the device's name as the system has it."""
     return torch.cuda.get_device_name() if device == "cuda" else cpu_name()
@@ -86,7 +101,8 @@ def measure(
         bandwidth = round(copy_bandwidth(device, size), 2)
     capability = "sm_{}{}".format(*torch.cuda.get_device_capability()) if device == "cuda" else harness.capability()
     threads = 0 if device == "cuda" else torch.get_num_threads()
-    return Machine(device, device_name(device), capability, threads, driver(device), peaks, bandwidth)
+    fma = round(fma_rate(device), 2)
+    return Machine(device, device_name(device), capability, threads, driver(device), peaks, bandwidth, fma)
 
 
 def driver(device: str) -> str:

@@ -300,6 +300,7 @@ def save(report: Report) -> None:
 def line(row: Row) -> str:
     """Return a finished row for the console."""
     share = f"  {100 * row.share:3.0f} % of {row.bound}" if row.bound else ""
+    share += f"  {100 * row.fma_share:3.0f} % of FMA" if row.fma_share else ""
     threads = f" {row.threads}t" if row.threads else ""
     name = " ".join(filter(None, (row.suite, row.case, row.dtype, row.layout)))
     return f"{name:66}{threads} {row.backend:6} {row.ours_p50:9.4g} ms  {row.ratio:5.2f} × {row.peer}{share}"

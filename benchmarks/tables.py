@@ -18,12 +18,14 @@ def show(rows: list[Row], console: Console) -> None:
     for threads in sorted({row.threads for row in chosen}):
         group = [row for row in chosen if row.threads == threads]
         first = group[0]
-        table = Table("suite", "case", "dtype", "ours", "ms", "peer", "peer ms", "ratio", "GFLOP/s", "of roof", "rule")
+        table = Table(
+            "suite", "case", "dtype", "ours", "ms", "peer", "peer ms", "ratio", "GFLOP/s", "of roof", "of FMA", "rule"
+        )
         for row in group:
             table.add_row(
                 row.suite, " ".join(filter(None, (row.case, row.layout))), row.dtype, row.backend,
                 f"{row.ours_p50:.4g}", row.peer, f"{row.peer_p50:.4g}", f"{row.ratio:.2f}", f"{row.ours_gflops:.0f}",
-                roof(row), f"{row.rule:.2f}",
+                roof(row), fma(row), f"{row.rule:.2f}",
             )  # fmt: skip
         threads_shown = f", threads: {threads}" if threads else ""
         table.title = f"{first.device}, {first.capability}, torch {first.torch}{threads_shown}"
@@ -37,6 +39,11 @@ def show(rows: list[Row], console: Console) -> None:
 def roof(row: Row) -> str:
     """Return the share of the measured roof and which one it is, "–" where it was not measured."""
     return f"{100 * row.share:.0f} % {row.bound}" if row.bound else "–"
+
+
+def fma(row: Row) -> str:
+    """Return the share of the rate of multiply-adds in registers, "–" where it was not measured."""
+    return f"{100 * row.fma_share:.0f} %" if row.fma_share else "–"
 
 
 def geometric_mean(values: Iterable[float]) -> float:

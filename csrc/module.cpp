@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/kernels.h"
+#include "ops/probes_cpu.h"
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of fastvit; importing this module registers torch.ops.fastvit_native.";
@@ -19,6 +20,17 @@ PYBIND11_MODULE(_C, m) {
         return list;
       },
       "Return (name, whether this processor has it) of each instruction set in this build, best first.");
+  m.def("fma_peak", &fastvit::fma_peak, pybind11::arg("seconds") = 0.1,
+        pybind11::call_guard<pybind11::gil_scoped_release>(),
+        "Return GFLOP/s of float32 multiply-adds in registers on torch's threads, in the instruction set in use: the "
+        "best burst of `seconds`.");
+  m.def("attention_scratch", &fastvit::attention_scratch, pybind11::arg("seqlen_q"), pybind11::arg("seqlen_k"),
+        pybind11::arg("head_dim"), pybind11::arg("head_dim_v"), pybind11::arg("dtype") = "float32",
+        pybind11::arg("bias") = false,
+        "Return the scratch of attention on the CPU in bytes, linear in the lengths: [forward per thread, backward per "
+        "thread, parts that a head can be cut into, bytes of a part's sums]. At most 4 parts' sums per thread are held "
+        "beside it, and only where heads do not deal out evenly. A thread keeps its scratch until it ends.");
+  m.def("held_scratch", &fastvit::held_scratch, "Return the bytes of scratch that the calling thread holds.");
   m.def(
       "cuda_architectures", [] { return std::string(FASTVIT_CUDA_ARCHITECTURES); },
       "Return the CUDA architectures in this build, separated by spaces; empty without CUDA kernels.");

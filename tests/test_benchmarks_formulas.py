@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import cases, formulas, harness, roofline, suite_models, timers
+from benchmarks import cases, formulas, harness, roofline, suite_models, tables, timers
 from benchmarks.formulas import VitShape
 from benchmarks.harness import Contest
 from benchmarks.roofline import Machine
@@ -101,6 +101,24 @@ def test_the_roofs_are_measured_with_the_right_count(monkeypatch: pytest.MonkeyP
     assert roofline.copy_bandwidth("cpu", 1000) == pytest.approx(2 * 1000 / 2.0 / 1e9)
     assert roofline.matrix_rate("cpu", torch.float32, (8, 16)) == pytest.approx(2 * 16**3 / 2.0 / 1e9)
     assert calls == [(roofline.REPEATS, "cpu")] * 3
+
+
+def test_a_row_says_its_share_of_the_fma_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine("cpu", "device", "avx2", 1, "driver", {"float32": 100.0}, 10.0, fma_gflops=125.0)
+    entry = Entry("cpu", lambda: lambda: None)
+    for dtype, share in ((torch.float32, 0.2), (torch.bfloat16, 0.0)):
+        contest = Contest("suite", "B2 N8", dtype, (entry,), (), {"cpu": 0.5}, flop=1e9, moved=2e8, items=2)
+        row = harness._row(contest, machine, entry, None, {"cpu": Times([0.04] * 5)})
+        # 25 of 125 GFLOP/s; 16-bit rows have other instructions, so no share.
+        assert row.fma_share == pytest.approx(share)
+        assert tables.fma(row) == ("20 %" if share else "–")
+    assert "FMA in registers 0.125" in machine.describe()
+    assert roofline.fma_rate("cuda") == 0.0
+    monkeypatch.setattr(roofline, "FMA_SECONDS", 0.02)
+    assert harness.capability()
+    rate = roofline.fma_rate("cpu")
+    # No processor has fewer than 4 lanes at 0.25 GHz, nor one more than 2 units of 16 lanes at 10 GHz, per thread.
+    assert 1 < rate < 640 * torch.get_num_threads()
 
 
 def test_a_measured_machine_is_plausible() -> None:

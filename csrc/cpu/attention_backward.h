@@ -1,4 +1,9 @@
-// Attention backward, one head per task, so nothing is added from two threads and the result is the same every time.
+// Attention backward: whole heads, or parts of heads where there are fewer heads than threads.
+//
+// The sums over the queries, dK and dV, follow one binary tree over runs of query blocks (leaves), whose shape depends
+// on the lengths alone. A task computes the whole tree of a head, or one subtree whose partial sum it leaves for
+// `reduce`: the additions are the same in either case, so the result has the same bits for any number of threads, and
+// nothing is ever added from two threads.
 //
 // Per block of queries, transposed (one query per lane): P^T = softmax of S^T; dP^T = V dO^T; delta = sum over keys of
 // P dP, minus dLSE; dS^T = P^T (dP^T - delta). Then dQ^T = K^T dS^T, and into the head's accumulators dV += P^T dO and
@@ -12,6 +17,10 @@
 
 namespace fastvit::cpu::FASTVIT_CAPABILITY {
 
+// Leaves of a head's tree, at most: the parallelism that one head can give. Each leaf costs one addition of dK and dV
+// and each level of the tree one more copy of them in the scratch.
+constexpr int64_t kLeaves = 8;
+
 template <class In>
 class AttentionBackward {
   using T = Compute<In>;
@@ -22,18 +31,64 @@ class AttentionBackward {
   explicit AttentionBackward(const AttentionBackwardParams& p) : p_(p), scale_(p.scale) {
     padded_dim_ = round_up(p.head_dim, L);
     padded_dim_v_ = round_up(p.head_dim_v, L);
+    partial_size_ = p.seqlen_k * (padded_dim_ + padded_dim_v_);
+    blocks_ = ceil_div(p.seqlen_q, W);
+    leaves_ = min64(blocks_, kLeaves);
+    while (max_parts_ < leaves_) max_parts_ *= 2;
   }
 
-  void run(int64_t begin, int64_t end) {
+  int64_t max_parts() const { return max_parts_; }
+  int64_t partial_bytes() const { return partial_size_ * int64_t(sizeof(T)); }
+  int64_t scratch_bytes() {
     Arena measure;
-    allocate(measure);
-    Arena arena(thread_scratch(measure.used()));
-    allocate(arena);
-    for (int64_t task = begin; task < end; ++task) run_head(task / p_.num_heads, task % p_.num_heads);
+    allocate(measure, max_parts_);
+    return measure.used();
+  }
+
+  // Whole heads [begin, end).
+  void run(int64_t begin, int64_t end) {
+    Arena arena(thread_scratch(scratch_bytes()));
+    T* total = allocate(arena, max_parts_);
+    for (int64_t index = begin; index < end; ++index) {
+      load_head(index);
+      sum_leaves(0, max_parts_, total);
+      write_sums(0, p_.seqlen_k, total);
+    }
+  }
+
+  // Parts [begin, end) of the heads from split.first_head on: dQ of their queries, and their partial sums.
+  void run_parts(const AttentionSplit& split, int64_t begin, int64_t end) {
+    Arena arena(thread_scratch(scratch_bytes()));
+    allocate(arena, max_parts_);
+    const int64_t leaves = max_parts_ / split.parts;
+    int64_t loaded = -1;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t index = split.first_head + task / split.parts, first = task % split.parts * leaves;
+      if (first >= leaves_) continue;
+      if (index != loaded) load_head(loaded = index);
+      sum_leaves(first, leaves, partial(split, task));
+    }
+  }
+
+  // Slices [begin, end) of kReduceKeys keys of the same heads: adds up the partial sums, and writes dK and dV.
+  void reduce(const AttentionSplit& split, int64_t begin, int64_t end) {
+    const int64_t slices = ceil_div(p_.seqlen_k, kReduceKeys), leaves = max_parts_ / split.parts;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first_part = task / slices * split.parts, first = task % slices * kReduceKeys;
+      const int64_t count = min64(kReduceKeys, p_.seqlen_k - first);
+      for (int64_t step = 1; step < split.parts; step *= 2) {
+        for (int64_t part = 0; (part + step) * leaves < leaves_; part += 2 * step) {
+          add_sums(partial(split, first_part + part + step), first, count, partial(split, first_part + part));
+        }
+      }
+      place(split.first_head + task / slices);
+      write_sums(first, count, partial(split, first_part));
+    }
   }
 
  private:
-  void allocate(Arena& arena) {
+  // Returns where the sums of a whole tree of `leaves` leaves go.
+  T* allocate(Arena& arena, int64_t leaves) {
     const int64_t keys = p_.seqlen_k;
     if constexpr (!__is_same(In, T)) {
       key_buffer_ = arena.take<T>(keys * p_.head_dim);
@@ -47,31 +102,74 @@ class AttentionBackward {
     grad_scores_ = arena.take<T>(keys * W);
     grad_query_lanes_ = arena.take<T>(padded_dim_ * W);
     grad_query_rows_ = arena.take<T>(W * padded_dim_);
-    grad_key_ = arena.take<T>(keys * padded_dim_);
-    grad_value_ = arena.take<T>(keys * padded_dim_v_);
     if (p_.bias.type != BiasType::kNone) {
       bias_rows_ = arena.take<T>(W * round_up(keys, L));
       bias_lanes_ = arena.take<T>(W * round_up(keys, L));
     }
+    for (int level = 0; int64_t(1) << level < leaves; ++level) right_[level] = arena.take<T>(partial_size_);
+    return arena.take<T>(partial_size_);
   }
 
-  void run_head(int64_t batch, int64_t head) {
-    key_ = widen_head<In>(p_.key, batch, head, p_.seqlen_k, p_.head_dim, key_buffer_);
-    value_ = widen_head<In>(p_.value, batch, head, p_.seqlen_k, p_.head_dim_v, value_buffer_);
-    for (int64_t i = 0; i < p_.seqlen_k * padded_dim_; ++i) grad_key_[i] = 0;
-    for (int64_t i = 0; i < p_.seqlen_k * padded_dim_v_; ++i) grad_value_[i] = 0;
-    for (int64_t first = 0; first < p_.seqlen_q; first += W) {
-      run_block({batch, head, first, min64(W, p_.seqlen_q - first)});
+  void place(int64_t index) {
+    batch_ = index / p_.num_heads;
+    head_ = index % p_.num_heads;
+  }
+
+  void load_head(int64_t index) {
+    place(index);
+    key_ = widen_head<In>(p_.key, batch_, head_, p_.seqlen_k, p_.head_dim, key_buffer_);
+    value_ = widen_head<In>(p_.value, batch_, head_, p_.seqlen_k, p_.head_dim_v, value_buffer_);
+  }
+
+  T* partial(const AttentionSplit& split, int64_t task) const {
+    return static_cast<T*>(split.partials) + task * partial_size_;
+  }
+  // Sums lie as dK [keys][padded_dim], then dV [keys][padded_dim_v].
+  T* value_sums(T* sums) const { return sums + p_.seqlen_k * padded_dim_; }
+
+  // The sums over leaves [first, first + count), count a power of two; the tree's missing leaves add nothing.
+  void sum_leaves(int64_t first, int64_t count, T* target) {
+    if (count == 1) return run_leaf(first, target);
+    const int64_t half = count / 2;
+    sum_leaves(first, half, target);
+    if (first + half >= leaves_) return;
+    T* right = right_[__builtin_ctzll(uint64_t(half))];
+    sum_leaves(first + half, half, right);
+    add_sums(right, 0, p_.seqlen_k, target);
+  }
+
+  void run_leaf(int64_t leaf, T* target) {
+    // Without a query there is one leaf, and no block that would begin its sums.
+    for (int64_t i = 0; p_.seqlen_q == 0 && i < partial_size_; ++i) target[i] = 0;
+    const int64_t begin = leaf * blocks_ / max64(leaves_, 1), end = (leaf + 1) * blocks_ / max64(leaves_, 1);
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = block * W;
+      run_block({batch_, head_, first, min64(W, p_.seqlen_q - first)}, block == begin, target);
     }
+  }
+
+  // target += source, for keys [first, first + count) of dK and of dV.
+  void add_sums(T* source, int64_t first, int64_t count, T* target) const {
+    add(source + first * padded_dim_, count * padded_dim_, target + first * padded_dim_);
+    add(value_sums(source) + first * padded_dim_v_, count * padded_dim_v_, value_sums(target) + first * padded_dim_v_);
+  }
+  static void add(const T* source, int64_t count, T* target) {
+    for (int64_t i = 0; i < count; i += L) store(target + i, load(target + i) + load(source + i));
+  }
+
+  void write_sums(int64_t first, int64_t count, T* sums) const {
+    T* key = sums + first * padded_dim_;
     // Scores that were scaled after the product pass their factor on here.
-    for (int64_t i = 0; scale_.scores != T(1) && i < p_.seqlen_k * padded_dim_; i += L) {
-      store(grad_key_ + i, load(grad_key_ + i) * scale_.scores);
+    for (int64_t i = 0; scale_.scores != T(1) && i < count * padded_dim_; i += L) {
+      store(key + i, load(key + i) * scale_.scores);
     }
-    write(p_.grad_key, batch, head, 0, p_.seqlen_k, grad_key_, padded_dim_, p_.head_dim);
-    write(p_.grad_value, batch, head, 0, p_.seqlen_k, grad_value_, padded_dim_v_, p_.head_dim_v);
+    write(p_.grad_key, batch_, head_, first, count, key, padded_dim_, p_.head_dim);
+    write(p_.grad_value, batch_, head_, first, count, value_sums(sums) + first * padded_dim_v_, padded_dim_v_,
+          p_.head_dim_v);
   }
 
-  void run_block(const QueryBlock<T>& block) {
+  // `fresh`: the sums begin with this block, and whatever `sums` held is overwritten.
+  void run_block(const QueryBlock<T>& block, bool fresh, T* sums) {
     const In* query = head_of<In>(p_.query, block.batch, block.head) + block.first * p_.query.row_stride;
     load_lanes(query, p_.query.row_stride, block.count, p_.head_dim, scale_.queries, query_rows_, query_lanes_);
     const In* grad = head_of<In>(p_.grad_output, block.batch, block.head) + block.first * p_.grad_output.row_stride;
@@ -83,10 +181,18 @@ class AttentionBackward {
                             {value_.data, value_.stride, 1, grad_output_lanes_, W, grad_scores_, W, p_.head_dim_v});
     for (int v = 0; v < block.vectors(); ++v) softmax_backward(block, v, keys);
     // Sums over the queries of this block, whose number is `count`: lanes beyond it hold no query.
-    product<T, true>(keys, padded_dim_v_,
-                     {probabilities_, W, 1, grad_output_rows_, padded_dim_v_, grad_value_, padded_dim_v_, block.count});
-    product<T, true>(keys, padded_dim_,
-                     {grad_scores_, W, 1, query_rows_, padded_dim_, grad_key_, padded_dim_, block.count});
+    const TileArgs<T> to_value{probabilities_, W,          1, grad_output_rows_, padded_dim_v_, value_sums(sums),
+                               padded_dim_v_,  block.count};
+    const TileArgs<T> to_key{grad_scores_, W, 1, query_rows_, padded_dim_, sums, padded_dim_, block.count};
+    if (fresh) {
+      product<T, false>(keys, padded_dim_v_, to_value);
+      product<T, false>(keys, padded_dim_, to_key);
+      for (int64_t i = keys * padded_dim_v_; i < p_.seqlen_k * padded_dim_v_; ++i) value_sums(sums)[i] = 0;
+      for (int64_t i = keys * padded_dim_; i < p_.seqlen_k * padded_dim_; ++i) sums[i] = 0;
+    } else {
+      product<T, true>(keys, padded_dim_v_, to_value);
+      product<T, true>(keys, padded_dim_, to_key);
+    }
     panel_product<T, false>(p_.head_dim, block.vectors(),
                             {key_.data, 1, key_.stride, grad_scores_, W, grad_query_lanes_, W, keys});
     for (int64_t d = 0; d < p_.head_dim; ++d) {
@@ -139,7 +245,7 @@ class AttentionBackward {
   }
 
   void write(const View4& view, int64_t batch, int64_t head, int64_t first, int64_t count, const T* source,
-             int64_t source_stride, int64_t columns) {
+             int64_t source_stride, int64_t columns) const {
     In* target = mutable_head_of<In>(view, batch, head) + first * view.row_stride;
     for (int64_t r = 0; r < count; ++r) {
       store_row(source + r * source_stride, columns, target + r * view.row_stride);
@@ -148,21 +254,42 @@ class AttentionBackward {
 
   const AttentionBackwardParams& p_;
   const Scale<T> scale_;
-  int64_t padded_dim_, padded_dim_v_;
+  int64_t padded_dim_, padded_dim_v_, partial_size_, blocks_, leaves_, max_parts_ = 1;
+  int64_t batch_ = 0, head_ = 0;
   Matrix<T> key_{}, value_{};
   T *key_buffer_ = nullptr, *value_buffer_ = nullptr;
   T *query_rows_, *query_lanes_, *grad_output_rows_, *grad_output_lanes_, *probabilities_, *grad_scores_;
-  T *grad_query_lanes_, *grad_query_rows_, *grad_key_, *grad_value_;
+  T *grad_query_lanes_, *grad_query_rows_;
+  T* right_[__builtin_ctzll(uint64_t(kLeaves))];  // sums of right subtrees, by level
   T *bias_rows_ = nullptr, *bias_lanes_ = nullptr;
 };
 
-inline int64_t attention_backward_tasks(const AttentionBackwardParams& p) { return p.batch * p.num_heads; }
+template <class F>
+inline void with_attention_backward(const AttentionBackwardParams& p, const F& f) {
+  dispatch_dtype(p.dtype, [&](auto tag) {
+    AttentionBackward<typename decltype(tag)::type> op(p);
+    f(op);
+  });
+}
+
+inline AttentionBackwardSizes attention_backward_sizes(const AttentionBackwardParams& p) {
+  AttentionBackwardSizes sizes;
+  with_attention_backward(p, [&](auto& op) { sizes = {op.scratch_bytes(), op.max_parts(), op.partial_bytes()}; });
+  return sizes;
+}
 
 inline void attention_backward(const AttentionBackwardParams& p, int64_t begin, int64_t end) {
-  dispatch_dtype(p.dtype, [&](auto tag) {
-    using In = typename decltype(tag)::type;
-    AttentionBackward<In>(p).run(begin, end);
-  });
+  with_attention_backward(p, [&](auto& op) { op.run(begin, end); });
+}
+
+inline void attention_backward_parts(const AttentionBackwardParams& p, const AttentionSplit& split, int64_t begin,
+                                     int64_t end) {
+  with_attention_backward(p, [&](auto& op) { op.run_parts(split, begin, end); });
+}
+
+inline void attention_backward_reduce(const AttentionBackwardParams& p, const AttentionSplit& split, int64_t begin,
+                                      int64_t end) {
+  with_attention_backward(p, [&](auto& op) { op.reduce(split, begin, end); });
 }
 
 }  // namespace fastvit::cpu::FASTVIT_CAPABILITY

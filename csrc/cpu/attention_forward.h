@@ -27,10 +27,14 @@ class AttentionForward {
 
   static int64_t blocks_per_head(const AttentionParams& p) { return ceil_div(p.seqlen_q, W); }
 
-  void run(int64_t begin, int64_t end) {
+  int64_t scratch_bytes() {
     Arena measure;
     allocate(measure);
-    Arena arena(thread_scratch(measure.used()));
+    return measure.used();
+  }
+
+  void run(int64_t begin, int64_t end) {
+    Arena arena(thread_scratch(scratch_bytes()));
     allocate(arena);
     const int64_t per_head = blocks_per_head(p_);
     int64_t loaded = -1;
@@ -149,6 +153,12 @@ inline int64_t attention_forward_tasks(const AttentionParams& p) {
     blocks = AttentionForward<In>::blocks_per_head(p);
   });
   return p.batch * p.num_heads * blocks;
+}
+
+inline int64_t attention_forward_scratch(const AttentionParams& p) {
+  int64_t bytes = 0;
+  dispatch_dtype(p.dtype, [&](auto tag) { bytes = AttentionForward<typename decltype(tag)::type>(p).scratch_bytes(); });
+  return bytes;
 }
 
 inline void attention_forward(const AttentionParams& p, int64_t begin, int64_t end) {

@@ -4,6 +4,7 @@
 
 #include "attention_backward.h"
 #include "attention_forward.h"
+#include "fma_peak.h"
 #include "patch_embed.h"
 
 #define FASTVIT_STRING_OF(name) #name
@@ -16,14 +17,18 @@ const KernelTable kTable = {
     FASTVIT_STRING(FASTVIT_CAPABILITY),
     attention_forward_tasks,
     attention_forward,
-    attention_backward_tasks,
+    attention_forward_scratch,
+    attention_backward_sizes,
     attention_backward,
+    attention_backward_parts,
+    attention_backward_reduce,
     patch_embed_forward_tasks,
     patch_embed_forward,
     patch_embed_backward_weight_tasks,
     patch_embed_backward_weight,
     patch_embed_backward_images_tasks,
     patch_embed_backward_images,
+    fma_steps,
 };
 
 }  // namespace fastvit::cpu::FASTVIT_CAPABILITY

@@ -9,4 +9,10 @@ namespace fastvit::cpu {
 // Kept at its largest size so far until the thread ends.
 void* thread_scratch(int64_t bytes);
 
+// The same for what one call shares between its threads: a second block, of the thread that makes the call.
+void* call_scratch(int64_t bytes);
+
+// Bytes that this thread holds in both blocks.
+int64_t held_scratch();
+
 }  // namespace fastvit::cpu

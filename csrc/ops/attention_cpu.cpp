@@ -1,17 +1,17 @@
 // fastvit_native::attention_* on the CPU: tensors → params → tasks over torch's threads.
-#include "../cpu/kernels.h"
+#include "../cpu/attention_threads.h"
 #include "attention_params.h"
 
 namespace fastvit {
 namespace {
 
+constexpr auto parallel_for = [](int64_t tasks, const auto& f) { torch::stable::parallel_for(0, tasks, 1, f); };
+
 void attention_forward(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& bias,
                        Tensor& output, Tensor& lse, bool is_causal, double scale) {
   check_cpu(query, "query");
   const AttentionParams p = attention_forward_params(query, key, value, bias, output, lse, is_causal, scale);
-  const cpu::KernelTable& kernels = cpu::kernels();
-  torch::stable::parallel_for(0, kernels.attention_forward_tasks(p), 1,
-                              [&](int64_t begin, int64_t end) { kernels.attention_forward(p, begin, end); });
+  cpu::attention_forward_over(cpu::kernels(), p, parallel_for);
 }
 
 void attention_backward(const Tensor& grad_output, const std::optional<Tensor>& grad_lse, const Tensor& query,
@@ -21,9 +21,7 @@ void attention_backward(const Tensor& grad_output, const std::optional<Tensor>& 
   check_cpu(query, "query");
   const AttentionBackwardParams p = attention_backward_params(grad_output, grad_lse, query, key, value, bias, output,
                                                               lse, grad_query, grad_key, grad_value, is_causal, scale);
-  const cpu::KernelTable& kernels = cpu::kernels();
-  torch::stable::parallel_for(0, kernels.attention_backward_tasks(p), 1,
-                              [&](int64_t begin, int64_t end) { kernels.attention_backward(p, begin, end); });
+  cpu::attention_backward_over(cpu::kernels(), p, torch::stable::get_num_threads(), parallel_for);
 }
 
 }  // namespace

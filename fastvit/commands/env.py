@@ -141,9 +141,15 @@ def _built() -> dict[str, Any]:
         "compiler": _C.compiler(),
         "instruction set": _C.cpu_capability(),
         "instruction sets built": ", ".join(sets),
+        "scratch per thread": _scratch(_C.attention_scratch(197, 197, 64, 64)),
         "cuda architectures": _C.cuda_architectures() or "none: built without CUDA",
         "cuda kernels": f"{len(cuda.built_kernels())} instantiations, by nvcc {_C.cuda_compiler() or '(none)'}",
     }
+
+
+def _scratch(figures: list[int]) -> str:
+    forward, backward, *_ = (size / 2**10 for size in figures)
+    return f"{forward:.0f} KiB forward, {backward:.0f} KiB backward (attention, N = 197, D = 64, float32; linear in N)"
 
 
 def _explained(device: torch.device) -> dict[str, Any]:
