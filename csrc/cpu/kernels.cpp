@@ -4,7 +4,7 @@
 
 #include "attention_backward.h"
 #include "attention_forward.h"
-#include "patch_embed.h"
+#include "patch_embed_kernels.h"
 
 #define FASTVIT_STRING_OF(name) #name
 #define FASTVIT_STRING(name) FASTVIT_STRING_OF(name)
