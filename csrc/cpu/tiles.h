@@ -51,6 +51,34 @@ inline int64_t tile_stride(int64_t k) { return (ceil_div(k, kTileDepth) | 1) * k
 // Lanes [0, count) of a vector of 32 or 16.
 inline __mmask32 first_lanes(int64_t count) { return count >= 32 ? ~0u : count <= 0 ? 0u : (1u << count) - 1; }
 
+// The transpose of 16 × 16 pairs: tile[i][j] = pair i of row j. By loading quarters of four rows into one vector, half
+// of the shuffles, of which the processor does one per cycle, become loads.
+inline void transpose_pairs(const BFloat16* source, int64_t stride, float* tile) {
+  const auto quarter = [&](int64_t row, int group) {
+    return _mm_loadu_ps(reinterpret_cast<const float*>(source + row * stride) + 4 * group);
+  };
+#pragma GCC unroll 4
+  for (int group = 0; group < 4; ++group) {
+    __m512 rows[4];  // in lane l of rows[i]: pairs 4 · group … of row 4 l + i
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      rows[i] = _mm512_castps128_ps512(quarter(i, group));
+      rows[i] = _mm512_insertf32x4(rows[i], quarter(4 + i, group), 1);
+      rows[i] = _mm512_insertf32x4(rows[i], quarter(8 + i, group), 2);
+      rows[i] = _mm512_insertf32x4(rows[i], quarter(12 + i, group), 3);
+    }
+    const __m512d low[2] = {(__m512d)_mm512_unpacklo_ps(rows[0], rows[1]),
+                            (__m512d)_mm512_unpacklo_ps(rows[2], rows[3])};
+    const __m512d high[2] = {(__m512d)_mm512_unpackhi_ps(rows[0], rows[1]),
+                             (__m512d)_mm512_unpackhi_ps(rows[2], rows[3])};
+    float* target = tile + 4 * group * kTileSide;
+    store(target, (Vec<float>)_mm512_unpacklo_pd(low[0], low[1]));
+    store(target + kTileSide, (Vec<float>)_mm512_unpackhi_pd(low[0], low[1]));
+    store(target + 2 * kTileSide, (Vec<float>)_mm512_unpacklo_pd(high[0], high[1]));
+    store(target + 3 * kTileSide, (Vec<float>)_mm512_unpackhi_pd(high[0], high[1]));
+  }
+}
+
 // Packs B from its transpose, source [columns][k] with rows `stride` apart; zero beyond the columns, and beyond k up to
 // a multiple of kTileDepth.
 inline void pack_transposed(const BFloat16* source, int64_t stride, int64_t columns, int64_t k, BFloat16* packed) {
@@ -59,16 +87,17 @@ inline void pack_transposed(const BFloat16* source, int64_t stride, int64_t colu
     float* tile = reinterpret_cast<float*>(packed + column / kTilePanel * kTilePanel * steps * kTileDepth +
                                            column % kTilePanel * kTileDepth);
     for (int64_t step = 0; step < steps; ++step) {
-      const __mmask32 mask = first_lanes(k - step * kTileDepth);
-      Vec<float> block[kTileSide];
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < kTileSide; ++i) {
-        const BFloat16* row = source + (column + i) * stride + step * kTileDepth;
-        block[i] = (Vec<float>)_mm512_maskz_loadu_epi16(column + i < columns ? mask : 0, row);
+      const BFloat16* corner = source + column * stride + step * kTileDepth;
+      if (column + kTileSide <= columns && (step + 1) * kTileDepth <= k) {
+        transpose_pairs(corner, stride, tile);
+      } else {
+        alignas(64) BFloat16 rows[kTileSide * kTileDepth];
+        for (int64_t i = 0; i < kTileSide; ++i) {
+          const __mmask32 mask = column + i < columns ? first_lanes(k - step * kTileDepth) : 0;
+          _mm512_store_si512(rows + i * kTileDepth, _mm512_maskz_loadu_epi16(mask, corner + i * stride));
+        }
+        transpose_pairs(rows, kTileDepth, tile);
       }
-      transpose_step<float, 1>(block);
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < kTileSide; ++i) store(tile + i * kTileSide, block[i]);
       tile += 2 * kTileSide * kTileSide;
     }
   }
@@ -102,6 +131,7 @@ struct TileOperands {
   const BFloat16* b;
   float* c;
   int64_t c_stride;
+  int64_t c_panel = kTilePanel;  // from one panel of columns of C to the next
 };
 
 // R × C tiles of C over `steps` steps of k; `add` continues the sums that C holds.
@@ -138,9 +168,12 @@ inline void tile_block(const TileOperands& o, int64_t steps, bool add) {
   if constexpr (R == 2 && C == 2) _tile_stored(3, o.c + kTileSide * o.c_stride + kTileSide, c_bytes);
 }
 
-// C (+)= A · B. A has memory for whole tiles of rows, C for whole tiles both ways; what lies beyond A's rows is
-// multiplied, into rows of C beyond its own. k is a multiple of kTileDepth.
-inline void tile_product(const TileOperands& o, int64_t rows, int64_t columns, int64_t k, bool accumulate) {
+// C (+)= A · B, and done(column) for each panel of columns once it is whole, while the cache has it. A has memory for
+// whole tiles of rows, C for whole tiles both ways; what lies beyond A's rows is multiplied, into rows of C beyond its
+// own. k is a multiple of kTileDepth.
+template <class Done>
+inline void tile_product(const TileOperands& o, int64_t rows, int64_t columns, int64_t k, bool accumulate,
+                         const Done& done) {
   // The compiler's tile loads do not say that they read memory; what was stored for them must be there.
   asm volatile("" ::: "memory");
   const int64_t all_steps = k / kTileDepth, passes = ceil_div(all_steps, kTileSteps);
@@ -152,7 +185,7 @@ inline void tile_product(const TileOperands& o, int64_t rows, int64_t columns, i
       const BFloat16* b = o.b + column * k + step * 2 * kTileSide * kTileDepth;
       for (int64_t row = 0; row < rows; row += 2 * kTileSide) {
         const TileOperands block{o.a + row * o.a_stride + step * kTileDepth, o.a_stride, b,
-                                 o.c + row * o.c_stride + column, o.c_stride};
+                                 o.c + column / kTilePanel * o.c_panel + row * o.c_stride, o.c_stride};
         const bool two_rows = rows - row > kTileSide, two_columns = columns - column > kTileSide;
         if (two_rows) {
           two_columns ? tile_block<2, 2>(block, steps, add) : tile_block<2, 1>(block, steps, add);
@@ -160,18 +193,17 @@ inline void tile_product(const TileOperands& o, int64_t rows, int64_t columns, i
           two_columns ? tile_block<1, 2>(block, steps, add) : tile_block<1, 1>(block, steps, add);
         }
       }
+      // One panel later: the processor cannot read what it has just stored as tiles before it is in the cache.
+      if (step + steps == all_steps && column > 0) done(column - kTilePanel);
     }
   }
+  done((ceil_div(columns, kTilePanel) - 1) * kTilePanel);
 }
 
-// target[i] = source[i] + bias[i], rounded to nearest even; the bias has whole vectors.
+// target[i] = source[i] + bias[i], rounded to nearest even, for the `count` columns of one panel.
 inline void store_biased(const float* source, const float* bias, int64_t count, BFloat16* target) {
-  for (int64_t i = 0; i < count; i += kTilePanel) {
-    const Vec<float> low = load(source + i) + load(bias + i);
-    const Vec<float> high = load(source + i + kTileSide) + load(bias + i + kTileSide);
-    const __m512i packed = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-    _mm512_mask_storeu_epi16(target + i, first_lanes(count - i), packed);
-  }
+  const Vec<float> low = load(source) + load(bias), high = load(source + kTileSide) + load(bias + kTileSide);
+  _mm512_mask_storeu_epi16(target, first_lanes(count), (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
 }
 
 }  // namespace fastvit::cpu::FASTVIT_CAPABILITY
