@@ -67,7 +67,101 @@ class PatchEmbedTiles : public PatchEmbed<BFloat16> {
     }
   }
 
+  // Sums of a task, and its operands for one step of tokens, in the second-level cache.
+  Split token_steps() const { return {num_tokens(), kTokenRows, kTilePanel}; }
+  Split columns() const { return {size_, 192, kTilePanel}; }
+  Split gradient_rows() const { return {p_.embed_dim, 256, kTilePanel}; }
+
+  void backward_weight(int64_t begin, int64_t end) {
+    const Split cols = columns(), rows = gradient_rows(), steps = token_steps();
+    const int64_t k = round_up(steps.size, kTileDepth), stride = tile_stride(k), patch_stride = tile_stride(cols.size);
+    BFloat16 *patches, *packed, *grad_tokens;
+    float *grad_weight, *sums;
+    double* grad_bias;
+    auto allocate = [&](Arena& arena) {
+      patches = arena.take<BFloat16>(steps.size * patch_stride);
+      packed = arena.take<BFloat16>(packed_size(cols.size, k));
+      grad_tokens = arena.take<BFloat16>(rows.size * stride);
+      grad_weight = arena.take<float>(rows.size * cols.size);
+      sums = arena.take<float>(rows.size);
+      grad_bias = arena.take<double>(rows.size);
+    };
+    reserve(allocate);
+    const TileSession session;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t part = task / rows.count, row_part = task % rows.count;
+      const int64_t column = cols.begin(part), num_columns = cols.length(part);
+      const int64_t row = rows.begin(row_part), num_rows = rows.length(row_part);
+      for (int64_t d = 0; d < num_rows; ++d) grad_bias[d] = 0;
+      for (int64_t step = 0; step < steps.count; ++step) {
+        const int64_t first = steps.begin(step), count = steps.length(step);
+        const BFloat16 *patch_rows[kTokenRows], *grad_rows[kTokenRows];
+        for (int64_t t = 0; t < count; ++t) {
+          patch_rows[t] = patches + t * patch_stride;
+          grad_rows[t] = token(first + t) + row;
+        }
+        gather_patches(first, count, column, num_columns, patches, patch_stride);
+        pack_rows(patch_rows, count, num_columns, packed);
+        transpose_rows(grad_rows, count, num_rows, grad_tokens, stride);
+        tile_product({grad_tokens, stride, packed, grad_weight, kTilePanel, rows.size * kTilePanel}, num_rows,
+                     num_columns, round_up(count, kTileDepth), step > 0, [](int64_t) {});
+        if (part == 0) add_rows(grad_rows, count, num_rows, sums, grad_bias);
+      }
+      for (int64_t d = 0; d < num_rows; ++d) {
+        for (int64_t k = 0; k < num_columns; k += kTilePanel) {
+          store_row(grad_weight + k * rows.size + d * kTilePanel, min64(kTilePanel, num_columns - k),
+                    weight_ + (row + d) * size_ + column + k);
+        }
+      }
+      if (part == 0 && bias_ != nullptr) {
+        for (int64_t d = 0; d < num_rows; ++d) sums[d] = float(grad_bias[d]);
+        store_row(sums, num_rows, bias_ + row);
+      }
+    }
+  }
+
+  void backward_images(int64_t begin, int64_t end) {
+    const Split cols = columns(), steps = token_steps();
+    const int64_t k = round_up(p_.embed_dim, kTileDepth), stride = tile_stride(k);
+    const BFloat16** rows;
+    BFloat16 *packed, *grad_tokens;
+    float* grad_patches;
+    auto allocate = [&](Arena& arena) {
+      rows = arena.take<const BFloat16*>(p_.embed_dim);
+      packed = arena.take<BFloat16>(packed_size(cols.size, k));
+      grad_tokens = arena.take<BFloat16>(steps.size * stride);
+      grad_patches = arena.take<float>(steps.size * cols.size);
+    };
+    reserve(allocate);
+    const TileSession session;
+    int64_t loaded = -1;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t part = task / steps.count, step = task % steps.count;
+      const int64_t column = cols.begin(part), num_columns = cols.length(part);
+      const int64_t first = steps.begin(step), count = steps.length(step);
+      if (part != loaded) {
+        for (int64_t d = 0; d < p_.embed_dim; ++d) rows[d] = weight_ + d * size_ + column;
+        pack_rows(rows, p_.embed_dim, num_columns, packed);
+        loaded = part;
+      }
+      for (int64_t t = 0; t < count; ++t) copy_padded(token(first + t), p_.embed_dim, grad_tokens + t * stride);
+      tile_product({grad_tokens, stride, packed, grad_patches, cols.size}, count, num_columns, k, false,
+                   [](int64_t) {});
+      scatter(grad_patches, cols.size, first, count, column, num_columns);
+    }
+  }
+
  private:
+  // Adds the sum of the rows to `totals`: in float over one step of tokens, which is exact enough for a result of
+  // eight bits, and in double over the steps.
+  static void add_rows(const BFloat16* const* rows, int64_t count, int64_t columns, float* sums, double* totals) {
+    for (int64_t d = 0; d < columns; ++d) sums[d] = 0;
+    for (int64_t t = 0; t < count; ++t) {
+      for (int64_t d = 0; d < columns; ++d) sums[d] += widen(rows[t][d]);
+    }
+    for (int64_t d = 0; d < columns; ++d) totals[d] += double(sums[d]);
+  }
+
   int64_t depth() const { return round_up(size_, kTileDepth); }
 
   // Gathers columns [column, column + num_columns) of the patches, one token per row, zero up to whole steps of k.

@@ -51,9 +51,9 @@ inline int64_t tile_stride(int64_t k) { return (ceil_div(k, kTileDepth) | 1) * k
 // Lanes [0, count) of a vector of 32 or 16.
 inline __mmask32 first_lanes(int64_t count) { return count >= 32 ? ~0u : count <= 0 ? 0u : (1u << count) - 1; }
 
-// The transpose of 16 × 16 pairs: tile[i][j] = pair i of row j. By loading quarters of four rows into one vector, half
-// of the shuffles, of which the processor does one per cycle, become loads.
-inline void transpose_pairs(const BFloat16* source, int64_t stride, float* tile) {
+// The transpose of 16 × 16 pairs: target[i][j] = pair i of row j. By loading quarters of four rows into one vector,
+// half of the shuffles, of which the processor does one per cycle, become loads.
+inline void transpose_pairs(const BFloat16* source, int64_t stride, float* target, int64_t target_stride) {
   const auto quarter = [&](int64_t row, int group) {
     return _mm_loadu_ps(reinterpret_cast<const float*>(source + row * stride) + 4 * group);
   };
@@ -71,11 +71,10 @@ inline void transpose_pairs(const BFloat16* source, int64_t stride, float* tile)
                             (__m512d)_mm512_unpacklo_ps(rows[2], rows[3])};
     const __m512d high[2] = {(__m512d)_mm512_unpackhi_ps(rows[0], rows[1]),
                              (__m512d)_mm512_unpackhi_ps(rows[2], rows[3])};
-    float* target = tile + 4 * group * kTileSide;
-    store(target, (Vec<float>)_mm512_unpacklo_pd(low[0], low[1]));
-    store(target + kTileSide, (Vec<float>)_mm512_unpackhi_pd(low[0], low[1]));
-    store(target + 2 * kTileSide, (Vec<float>)_mm512_unpacklo_pd(high[0], high[1]));
-    store(target + 3 * kTileSide, (Vec<float>)_mm512_unpackhi_pd(high[0], high[1]));
+    store(target + 4 * group * target_stride, (Vec<float>)_mm512_unpacklo_pd(low[0], low[1]));
+    store(target + (4 * group + 1) * target_stride, (Vec<float>)_mm512_unpackhi_pd(low[0], low[1]));
+    store(target + (4 * group + 2) * target_stride, (Vec<float>)_mm512_unpacklo_pd(high[0], high[1]));
+    store(target + (4 * group + 3) * target_stride, (Vec<float>)_mm512_unpackhi_pd(high[0], high[1]));
   }
 }
 
@@ -89,38 +88,64 @@ inline void pack_transposed(const BFloat16* source, int64_t stride, int64_t colu
     for (int64_t step = 0; step < steps; ++step) {
       const BFloat16* corner = source + column * stride + step * kTileDepth;
       if (column + kTileSide <= columns && (step + 1) * kTileDepth <= k) {
-        transpose_pairs(corner, stride, tile);
+        transpose_pairs(corner, stride, tile, kTileSide);
       } else {
         alignas(64) BFloat16 rows[kTileSide * kTileDepth];
         for (int64_t i = 0; i < kTileSide; ++i) {
           const __mmask32 mask = column + i < columns ? first_lanes(k - step * kTileDepth) : 0;
           _mm512_store_si512(rows + i * kTileDepth, _mm512_maskz_loadu_epi16(mask, corner + i * stride));
         }
-        transpose_pairs(rows, kTileDepth, tile);
+        transpose_pairs(rows, kTileDepth, tile, kTileSide);
       }
       tile += 2 * kTileSide * kTileSide;
     }
   }
 }
 
-// Packs B from itself: row(i) points to row i of `columns` elements. Zero beyond the columns, and beyond k up to a
+// The pairs of two rows of 16 elements side by side; rows that are null count as zero.
+inline __m512i interleave(const BFloat16* low, const BFloat16* high, __mmask16 mask) {
+  const __m256i lows = _mm256_maskz_loadu_epi16(low == nullptr ? 0 : mask, low);
+  const __m256i highs = _mm256_maskz_loadu_epi16(high == nullptr ? 0 : mask, high);
+  return _mm512_or_si512(_mm512_cvtepu16_epi32(lows), _mm512_slli_epi32(_mm512_cvtepu16_epi32(highs), 16));
+}
+
+// Packs B from itself: rows[i] points to row i of `columns` elements. Zero beyond the columns, and beyond k up to a
 // multiple of kTileDepth.
-template <class Row>
-inline void pack_rows(const Row& row, int64_t k, int64_t columns, BFloat16* packed) {
+inline void pack_rows(const BFloat16* const* rows, int64_t k, int64_t columns, BFloat16* packed) {
   const int64_t steps = ceil_div(k, kTileDepth);
   for (int64_t pair = 0; pair < steps * kTileSide; ++pair) {
-    const bool has_low = 2 * pair < k, has_high = 2 * pair + 1 < k;
-    const BFloat16* low = has_low ? row(2 * pair) : nullptr;
-    const BFloat16* high = has_high ? row(2 * pair + 1) : nullptr;
+    const BFloat16* low = 2 * pair < k ? rows[2 * pair] : nullptr;
+    const BFloat16* high = 2 * pair + 1 < k ? rows[2 * pair + 1] : nullptr;
     BFloat16* target = packed + pair / kTileSide * 2 * kTileSide * kTileDepth + pair % kTileSide * kTileDepth;
     for (int64_t column = 0; column < round_up(columns, kTilePanel); column += kTileSide) {
+      const int64_t panel = column / kTilePanel * kTilePanel * steps * kTileDepth;
+      _mm512_storeu_si512(target + panel + column % kTilePanel * kTileSide * 2,
+                          interleave(low == nullptr ? low : low + column, high == nullptr ? high : high + column,
+                                     __mmask16(first_lanes(columns - column))));
+    }
+  }
+}
+
+// Copies a row of an operand A, zero up to a multiple of kTileDepth.
+inline void copy_padded(const BFloat16* source, int64_t count, BFloat16* target) {
+  for (int64_t i = 0; i < count; i += kTileDepth) {
+    _mm512_storeu_si512(target + i, _mm512_maskz_loadu_epi16(first_lanes(count - i), source + i));
+  }
+}
+
+// Writes the transpose [columns][k] as an operand A, zero beyond the columns, and beyond k up to a multiple of
+// kTileDepth; rows[i] points to row i of `columns` elements.
+inline void transpose_rows(const BFloat16* const* rows, int64_t k, int64_t columns, BFloat16* target, int64_t stride) {
+  for (int64_t first = 0; first < k; first += kTileDepth) {
+    for (int64_t column = 0; column < columns; column += kTileSide) {
       const __mmask16 mask = __mmask16(first_lanes(columns - column));
-      const __m256i lows = _mm256_maskz_loadu_epi16(has_low ? mask : 0, low + column);
-      const __m256i highs = _mm256_maskz_loadu_epi16(has_high ? mask : 0, high + column);
-      const __m512i pairs =
-          _mm512_or_si512(_mm512_cvtepu16_epi32(lows), _mm512_slli_epi32(_mm512_cvtepu16_epi32(highs), 16));
-      _mm512_storeu_si512(
-          target + column / kTilePanel * kTilePanel * steps * kTileDepth + column % kTilePanel * kTileDepth, pairs);
+      alignas(64) BFloat16 pairs[kTileSide * kTileDepth];
+      for (int64_t i = 0; i < kTileSide; ++i) {
+        const int64_t row = first + 2 * i;
+        _mm512_store_si512(pairs + i * kTileDepth, interleave(row < k ? rows[row] + column : nullptr,
+                                                              row + 1 < k ? rows[row + 1] + column : nullptr, mask));
+      }
+      transpose_pairs(pairs, kTileDepth, reinterpret_cast<float*>(target + column * stride + first), stride / 2);
     }
   }
 }
