@@ -3,7 +3,7 @@
 #include "kernels.h"
 
 #include "attention_backward.h"
-#include "attention_forward.h"
+#include "attention_forward_kernels.h"
 #include "patch_embed_kernels.h"
 
 #define FASTVIT_STRING_OF(name) #name

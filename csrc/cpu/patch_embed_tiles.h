@@ -61,7 +61,9 @@ class PatchEmbedTiles : public PatchEmbed<BFloat16> {
                    false, [&](int64_t column) {
                      const float* panel = results + column * tokens.size;
                      for (int64_t t = 0; t < count; ++t) {
-                       store_biased(panel + t * kTilePanel, bias + column, num_rows - column, targets[t] + column);
+                       store_panel(load(panel + t * kTilePanel) + load(bias + column),
+                                   load(panel + t * kTilePanel + kTileSide) + load(bias + column + kTileSide),
+                                   num_rows - column, targets[t] + column);
                      }
                    });
     }

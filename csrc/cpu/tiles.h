@@ -225,9 +225,8 @@ inline void tile_product(const TileOperands& o, int64_t rows, int64_t columns, i
   done((ceil_div(columns, kTilePanel) - 1) * kTilePanel);
 }
 
-// target[i] = source[i] + bias[i], rounded to nearest even, for the `count` columns of one panel.
-inline void store_biased(const float* source, const float* bias, int64_t count, BFloat16* target) {
-  const Vec<float> low = load(source) + load(bias), high = load(source + kTileSide) + load(bias + kTileSide);
+// Stores the first `count` of one panel's 32 columns, rounded to nearest even.
+inline void store_panel(Vec<float> low, Vec<float> high, int64_t count, BFloat16* target) {
   _mm512_mask_storeu_epi16(target, first_lanes(count), (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
 }
 
