@@ -24,7 +24,9 @@ class AttentionForwardTiles {
         blocks_(ceil_div(p.seqlen_k, kKeys)),
         keys_per_block_(round_up(ceil_div(p.seqlen_k, blocks_), kTilePanel)),
         depth_(round_up(p.head_dim, kTileDepth)),
-        padded_dim_v_(round_up(p.head_dim_v, kTilePanel)) {}
+        padded_dim_v_(round_up(p.head_dim_v, kTilePanel)),
+        folded_(p.bias.type == BiasType::kNone && p.scale > 0),
+        base_(float((folded_ ? p.scale : 1.0) * 1.44269504088896341)) {}
 
   static int64_t blocks_per_head(const AttentionParams& p) { return ceil_div(p.seqlen_q, kQueries); }
 
@@ -88,8 +90,13 @@ class AttentionForwardTiles {
                    depth_, false, nothing);
       for (int64_t i = 0; i < count; ++i) {
         const int64_t seen = p_.is_causal ? min64(keys, first + i + 1 - key) : keys;
-        add_bias_and_mask(i, bias + i * p_.bias.query_stride + key * p_.bias.key_stride, seen, padded);
-        softmax_row(i, padded, key > 0, probabilities_ + i * stride);
+        if (!folded_) add_bias(i, bias + i * p_.bias.query_stride + key * p_.bias.key_stride, seen);
+        mask(i, max64(seen, 0), padded);
+        find_maximum(i, padded, key > 0);
+      }
+      // Rows in a loop of their own: one's exponentials need not wait for the next one's maximum.
+      for (int64_t i = 0; i < count; ++i) {
+        exponentials(i, padded, probabilities_ + i * stride);
         for (int64_t j = padded; j < packed; ++j) probabilities_[i * stride + j] = {};
       }
       tile_product({probabilities_, stride, value_ + key * padded_dim_v_, output_, kTilePanel, kPanelSize}, count,
@@ -98,51 +105,76 @@ class AttentionForwardTiles {
     write(batch, head, first, count);
   }
 
-  // Scales the scores of row i, adds the bias and sets those from `seen` on to -inf.
-  void add_bias_and_mask(int64_t i, int64_t bias, int64_t seen, int64_t padded) {
+  // Scales the first `seen` scores of row i and adds the bias.
+  void add_bias(int64_t i, int64_t bias, int64_t seen) {
+    if (seen <= 0) return;
     const bool has_bias = p_.bias.type != BiasType::kNone;
-    if (has_bias) load_bias_row(p_.bias, bias, max64(seen, 0), bias_);
-    const float scale = float(p_.scale);
-    for (int64_t j = 0; j < padded; j += kTileSide) {
-      float* scores = row(scores_, i, j);
-      Vec<float> score = load(scores) * scale;
-      if (has_bias && j < seen) score += load(bias_ + j);
-      if (j + kTileSide > seen) {
-        score =
-            (Vec<float>)_mm512_mask_mov_ps(_mm512_set1_ps(-kInfinity), __mmask16(first_lanes(seen - j)), (__m512)score);
-      }
-      store(scores, score);
+    if (has_bias) load_bias_row(p_.bias, bias, seen, bias_);
+    for (int64_t j = 0; j < seen; j += kTileSide) {
+      const Vec<float> score = load(row(scores_, i, j)) * float(p_.scale);
+      store(row(scores_, i, j), has_bias ? score + load(bias_ + j) : score);
     }
   }
 
-  // Writes the exponentials of row i, not yet divided by their sum, as an operand.
-  void softmax_row(int64_t i, int64_t padded, bool later, BFloat16* target) {
-    Vec<float> highs[2] = {splat(-kInfinity), splat(-kInfinity)};
-    for (int64_t j = 0; j < padded; j += kTilePanel) {
-      // The second operand where the first is NaN: NaN is ignored.
-      highs[0] = (Vec<float>)_mm512_max_ps((__m512)load(row(scores_, i, j)), (__m512)highs[0]);
-      highs[1] = (Vec<float>)_mm512_max_ps((__m512)load(row(scores_, i, j + kTileSide)), (__m512)highs[1]);
+  // Sets the scores of row i from `seen` on to -inf.
+  void mask(int64_t i, int64_t seen, int64_t padded) {
+    const __m512 none = _mm512_set1_ps(-kInfinity);
+    if (seen % kTileSide != 0) {
+      _mm512_mask_storeu_ps(row(scores_, i, seen / kTileSide * kTileSide), __mmask16(~first_lanes(seen % kTileSide)),
+                            none);
     }
-    const float high = _mm512_reduce_max_ps(
-        _mm512_max_ps(_mm512_max_ps((__m512)highs[0], (__m512)highs[1]), _mm512_set1_ps(maximum_[i])));
-    // Without a key so far any finite offset will do; NaN scores must still reach exp.
-    const float offset = high == -kInfinity ? 0 : high;
-    if (later) shrink(i, exp(splat(maximum_[i] - offset)));
+    for (int64_t j = round_up(seen, kTileSide); j < padded; j += kTileSide) store(row(scores_, i, j), (Vec<float>)none);
+  }
+
+  // Finds the largest score of row i so far, NaN ignored, and shrinks what was summed under a smaller one.
+  void find_maximum(int64_t i, int64_t padded, bool later) {
+    __m512 highs[2] = {_mm512_set1_ps(maximum_[i]), _mm512_set1_ps(maximum_[i])};
+    for (int64_t j = 0; j < padded; j += kTilePanel) {
+      // The second operand where the first is NaN.
+      highs[0] = _mm512_max_ps((__m512)load(row(scores_, i, j)), highs[0]);
+      highs[1] = _mm512_max_ps((__m512)load(row(scores_, i, j + kTileSide)), highs[1]);
+    }
+    const float high = _mm512_reduce_max_ps(_mm512_max_ps(highs[0], highs[1]));
+    // Without a key so far any finite offset will do; NaN scores must still reach the exponential.
+    offset_[i] = high == -kInfinity ? 0 : high * base_;
+    if (later) {
+      const Vec<float> factor = exp2(splat(maximum_[i] * base_ - offset_[i]));
+      sum_[i] *= factor[0];
+      for (int64_t d = 0; d < padded_dim_v_; d += kTileSide) {
+        store(row(output_, i, d), load(row(output_, i, d)) * factor);
+      }
+    }
     maximum_[i] = high;
+  }
+
+  // Writes the exponentials of row i, not yet divided by their sum, as an operand.
+  void exponentials(int64_t i, int64_t padded, BFloat16* target) {
     Vec<float> sums[2] = {};
     for (int64_t j = 0; j < padded; j += kTilePanel) {
-      const Vec<float> low = exp(load(row(scores_, i, j)) - offset);
-      const Vec<float> upper = exp(load(row(scores_, i, j + kTileSide)) - offset);
+      const Vec<float> low = exp2(load(row(scores_, i, j)) * base_ - offset_[i]);
+      const Vec<float> high = exp2(load(row(scores_, i, j + kTileSide)) * base_ - offset_[i]);
       sums[0] += low;
-      sums[1] += upper;
-      _mm512_storeu_si512(target + j, (__m512i)_mm512_cvtne2ps_pbh((__m512)upper, (__m512)low));
+      sums[1] += high;
+      _mm512_storeu_si512(target + j, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
     }
     sum_[i] += _mm512_reduce_add_ps((__m512)(sums[0] + sums[1]));
   }
 
-  void shrink(int64_t i, Vec<float> factor) {
-    sum_[i] *= factor[0];
-    for (int64_t d = 0; d < padded_dim_v_; d += kTileSide) store(row(output_, i, d), load(row(output_, i, d)) * factor);
+  // 2^x for x <= 127; exactly 0 below -126 (so for -inf), NaN for NaN. The polynomial of degree 5 with the least
+  // relative error on [-1/2, 1/2] (Remez's exchange), its constant then set to 1 so that 2^0 = 1: within 2.2e-7, two
+  // roundings of float, and far below one of bfloat16.
+  static Vec<float> exp2(Vec<float> x) {
+    using I = Simd<float>::Int;
+    const Vec<float> magic = splat(12582912.0f);  // 1.5·2^23: adding it leaves the nearest integer in the low bits
+    const Vec<float> shifted = x + magic;
+    const Vec<float> r = x - (shifted - magic);
+    Vec<float> p = splat(0.00132764719f);
+    p = p * r + 0.00967554104f;
+    p = p * r + 0.0555071328f;
+    p = p * r + 0.240221197f;
+    p = p * r + 0.693146971f;
+    p = p * r + 1.0f;
+    return x < -126.0f ? Vec<float>{} : (Vec<float>)((I)p + ((I)shifted << 23));
   }
 
   void write(int64_t batch, int64_t head, int64_t first, int64_t count) {
@@ -156,7 +188,7 @@ class AttentionForwardTiles {
                          high = load(row(output_, i, d + kTileSide)) * inverse;
         store_panel(low, high, p_.head_dim_v - d, output + i * p_.output.row_stride + d);
       }
-      lse[i] = (maximum_[i] == -kInfinity ? 0 : maximum_[i]) + ::logf(sum_[i]);
+      lse[i] = (maximum_[i] == -kInfinity ? 0 : maximum_[i] * (folded_ ? float(p_.scale) : 1)) + ::logf(sum_[i]);
     }
   }
 
@@ -166,10 +198,12 @@ class AttentionForwardTiles {
 
   const AttentionParams& p_;
   const int64_t blocks_, keys_per_block_, depth_, padded_dim_v_;
+  const bool folded_;  // the scale, into the exponent; else it is multiplied in before the bias is added
+  const float base_;   // log2 of the number whose powers the exponentials are
   const BFloat16** value_rows_;
   BFloat16 *key_, *value_, *query_, *probabilities_;
   float *scores_, *output_, *bias_;
-  float maximum_[kQueries], sum_[kQueries];
+  float maximum_[kQueries], offset_[kQueries], sum_[kQueries];
 };
 
 }  // namespace fastvit::cpu::FASTVIT_CAPABILITY
