@@ -136,9 +136,9 @@ class AttentionForwardTiles {
     }
     const float high = _mm512_reduce_max_ps(_mm512_max_ps(highs[0], highs[1]));
     // Without a key so far any finite offset will do; NaN scores must still reach the exponential.
-    offset_[i] = high == -kInfinity ? 0 : high * base_;
+    offset_[i] = high == -kInfinity ? 0 : high;
     if (later) {
-      const Vec<float> factor = exp2(splat(maximum_[i] * base_ - offset_[i]));
+      const Vec<float> factor = exp2(splat((maximum_[i] - offset_[i]) * base_));
       sum_[i] *= factor[0];
       for (int64_t d = 0; d < padded_dim_v_; d += kTileSide) {
         store(row(output_, i, d), load(row(output_, i, d)) * factor);
@@ -147,12 +147,13 @@ class AttentionForwardTiles {
     maximum_[i] = high;
   }
 
-  // Writes the exponentials of row i, not yet divided by their sum, as an operand.
+  // Writes the exponentials of row i, not yet divided by their sum, as an operand. The maximum is subtracted before
+  // the factor: its own exponential must be exactly 1, or the LSE of a row with one key is not its score.
   void exponentials(int64_t i, int64_t padded, BFloat16* target) {
     Vec<float> sums[2] = {};
     for (int64_t j = 0; j < padded; j += kTilePanel) {
-      const Vec<float> low = exp2(load(row(scores_, i, j)) * base_ - offset_[i]);
-      const Vec<float> high = exp2(load(row(scores_, i, j + kTileSide)) * base_ - offset_[i]);
+      const Vec<float> low = exp2((load(row(scores_, i, j)) - offset_[i]) * base_);
+      const Vec<float> high = exp2((load(row(scores_, i, j + kTileSide)) - offset_[i]) * base_);
       sums[0] += low;
       sums[1] += high;
       _mm512_storeu_si512(target + j, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
