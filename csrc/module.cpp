@@ -15,11 +15,20 @@ PYBIND11_MODULE(_C, m) {
       [] {
         std::vector<std::pair<std::string, bool>> list;
         for (const auto& capability : fastvit::cpu::capabilities()) {
-          list.emplace_back(capability.name, capability.supported);
+          list.emplace_back(capability.name, capability.why_not.empty());
         }
         return list;
       },
-      "Return (name, whether this processor has it) of each instruction set in this build, best first.");
+      "Return (name, whether it can run here) of each instruction set in this build, best first.");
+  m.def(
+      "cpu_capability_why_not",
+      [](const std::string& name) {
+        for (const auto& capability : fastvit::cpu::capabilities()) {
+          if (capability.name == name) return capability.why_not;
+        }
+        return std::string("not in this build");
+      },
+      "Return why the instruction set of this name cannot run here; empty if it can.");
   m.def("fma_peak", &fastvit::fma_peak, pybind11::arg("seconds") = 0.1,
         pybind11::call_guard<pybind11::gil_scoped_release>(),
         "Return GFLOP/s of float32 multiply-adds in registers on torch's threads, in the instruction set in use: the "

@@ -22,7 +22,7 @@ from fastvit.testing import VIT_SEQLENS, AttentionCase, check_attention, vit_att
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("cpu", "reference")
-CAPABILITIES = ("baseline", "avx2", "avx512", "avx512_bf16")
+CAPABILITIES = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 def qkv(batch: int = 2, heads: int = 3, seqlen: int = 17, dim: int = 8, **options: object) -> list[Tensor]:

@@ -146,26 +146,4 @@ class AttentionForward {
   Vec<T> maximum_[kTileVectors], sum_[kTileVectors];
 };
 
-inline int64_t attention_forward_tasks(const AttentionParams& p) {
-  int64_t blocks = 0;
-  dispatch_dtype(p.dtype, [&](auto tag) {
-    using In = typename decltype(tag)::type;
-    blocks = AttentionForward<In>::blocks_per_head(p);
-  });
-  return p.batch * p.num_heads * blocks;
-}
-
-inline int64_t attention_forward_scratch(const AttentionParams& p) {
-  int64_t bytes = 0;
-  dispatch_dtype(p.dtype, [&](auto tag) { bytes = AttentionForward<typename decltype(tag)::type>(p).scratch_bytes(); });
-  return bytes;
-}
-
-inline void attention_forward(const AttentionParams& p, int64_t begin, int64_t end) {
-  dispatch_dtype(p.dtype, [&](auto tag) {
-    using In = typename decltype(tag)::type;
-    AttentionForward<In>(p).run(begin, end);
-  });
-}
-
 }  // namespace fastvit::cpu::FASTVIT_CAPABILITY

@@ -3,9 +3,9 @@
 #include "kernels.h"
 
 #include "attention_backward.h"
-#include "attention_forward.h"
+#include "attention_forward_kernels.h"
 #include "fma_peak.h"
-#include "patch_embed.h"
+#include "patch_embed_kernels.h"
 
 #define FASTVIT_STRING_OF(name) #name
 #define FASTVIT_STRING(name) FASTVIT_STRING_OF(name)

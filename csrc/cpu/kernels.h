@@ -53,10 +53,10 @@ struct KernelTable {
 // Throws std::runtime_error when the forced one is unknown, was not built, or is not supported here.
 const KernelTable& kernels();
 
-// Names of the instruction sets in this build, best first, and whether this processor has each.
+// Names of the instruction sets in this build, best first, and why each cannot run here: empty if it can.
 struct Capability {
   std::string name;
-  bool supported;
+  std::string why_not;
 };
 std::vector<Capability> capabilities();
 

@@ -4,8 +4,8 @@
 //   forward          Y  = X W^T + b    X broadcast as gathered, W transposed once per task
 //   backward weight  dW = dY^T X       dY broadcast in place, X as gathered
 //   backward images  dX = dY W         dY broadcast in place, the result scattered without overlap
-// On a processor with AVX512-BF16 the forward multiplies bfloat16 pairs as they lie in memory; elsewhere 16-bit inputs
-// are widened on the way in.
+// On a processor with AMX bfloat16 has a form of its own (patch_embed_tiles.h). With AVX512-BF16 alone the forward
+// multiplies bfloat16 pairs as they lie in memory; elsewhere 16-bit inputs are widened on the way in.
 #pragma once
 
 #include "arena.h"
@@ -153,7 +153,7 @@ class PatchEmbed {
     }
   }
 
- private:
+ protected:
   struct Matrix {
     const T* data;
     int64_t stride;
@@ -311,23 +311,5 @@ class PatchEmbed {
   const int64_t per_image_;  // tokens of an image
   In *images_, *weight_, *bias_, *tokens_;
 };
-
-#define FASTVIT_PATCH_EMBED_KERNEL(name, task_count)                                                          \
-  inline int64_t patch_embed_##name##_tasks(const PatchEmbedParams& p) {                                      \
-    int64_t tasks = 0;                                                                                        \
-    dispatch_dtype(p.dtype, [&](auto tag) {                                                                   \
-      PatchEmbed<typename decltype(tag)::type> op(p);                                                         \
-      tasks = task_count;                                                                                     \
-    });                                                                                                       \
-    return tasks;                                                                                             \
-  }                                                                                                           \
-  inline void patch_embed_##name(const PatchEmbedParams& p, int64_t begin, int64_t end) {                     \
-    dispatch_dtype(p.dtype, [&](auto tag) { PatchEmbed<typename decltype(tag)::type>(p).name(begin, end); }); \
-  }
-
-FASTVIT_PATCH_EMBED_KERNEL(forward, op.forward_tokens().count* op.forward_rows().count)
-FASTVIT_PATCH_EMBED_KERNEL(backward_weight, op.columns().count* op.gradient_rows().count)
-FASTVIT_PATCH_EMBED_KERNEL(backward_images, op.columns().count* op.token_steps().count)
-#undef FASTVIT_PATCH_EMBED_KERNEL
 
 }  // namespace fastvit::cpu::FASTVIT_CAPABILITY

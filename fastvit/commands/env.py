@@ -135,7 +135,7 @@ def _built() -> dict[str, Any]:
         return {"fastvit._C": f"not usable: {error}"}
     _C = import_module("fastvit._C")  # noqa: N806 - its name, and a compiled module has no types to import.
 
-    sets = [f"{name} ({'runs here' if usable else 'not on this processor'})" for name, usable in _C.cpu_capabilities()]
+    sets = [f"{name} ({_C.cpu_capability_why_not(name) or 'runs here'})" for name, _ in _C.cpu_capabilities()]
     return {
         "fastvit._C": "loaded",
         "compiler": _C.compiler(),
