@@ -30,6 +30,9 @@ ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 NUMBER = re.compile(r"(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])")
 # The name by which transformers' models can run our attention without a swap (fastvit.register_transformers).
 TRANSFORMERS_NAME = "fastvit"
+DERIVED = (
+    "its class was made from the fused one after the swap (parametrize and fully_shard do so): take that back first"
+)
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,8 @@ def swap(model: nn.Module, *, backend: str | None = None, strict: bool = False) 
 def unswap(model: nn.Module) -> SwapReport:
     """Give every swapped module in ``model`` its own class back and remove what the swap added; return the report.
 
+    A module whose class was derived from the fused one since is reported as left alone, and runs fused on.
+
     Raises:
         TypeError: ``model`` is no module.
     """
@@ -120,6 +125,8 @@ def unswap(model: nn.Module) -> SwapReport:
     rows = []
     for name, module in model.named_modules():
         if type(module) not in originals:
+            if _derives_from_swapped(type(module), originals):
+                rows.append(SwapRow(name or "(root)", type(module).__name__, LEFT_ALONE, DERIVED))
             continue
         module.__class__ = originals[type(module)]
         for attribute in ADDED_ATTRIBUTES:
@@ -142,7 +149,8 @@ def _plan(model: nn.Module, table: SwapTable, backend: str | None) -> Iterator[t
         if id(module) in handled or (kind in table and not table[kind].fastvit_recognises(module)):
             continue
         if isinstance(module, FusedForward):
-            notes = ([] if kind in originals else ["built with fastvit.modules"]) + kind.fastvit_fallbacks(module)
+            notes = [] if _derives_from_swapped(kind, originals) else ["built with fastvit.modules"]
+            notes += kind.fastvit_fallbacks(module)
             row = SwapRow(path, originals.get(kind, kind).__name__, ALREADY_FUSED, "; ".join(notes), shown)
         elif _runs_by_name(module, table):
             row = SwapRow(path, kind.__name__, ALREADY_FUSED, f"attn_implementation='{TRANSFORMERS_NAME}'", "automatic")
@@ -159,6 +167,10 @@ def _plan(model: nn.Module, table: SwapTable, backend: str | None) -> Iterator[t
         if not _is_container(module, table):
             handled.update(id(child) for child in module.modules())
         yield module, row
+
+
+def _derives_from_swapped(kind: type[nn.Module], originals: dict[type[nn.Module], type[nn.Module]]) -> bool:
+    return any(base in originals for base in kind.__mro__)
 
 
 def _why_left_alone(module: nn.Module, table: SwapTable) -> str | None:
