@@ -13,7 +13,9 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
+from torch.torch_version import TorchVersion
 
 from fastvit.adapters import SwapTable, original_classes, registered
 from fastvit.adapters.reasons import why_not_fused
@@ -93,6 +95,9 @@ def swap(model: nn.Module, *, backend: str | None = None, strict: bool = False) 
     Returns:
         A report. Swapping again changes at most the backend.
 
+    What was compiled before the swap is compiled anew at its next call; before torch 2.14 the swap calls
+    ``torch.compiler.reset()`` for that, which forgets everything that the process has compiled.
+
     Raises:
         TypeError: ``model`` is no module.
         ValueError: the backend is unknown, or ``strict`` and something would be left alone. Nothing has changed then.
@@ -109,6 +114,8 @@ def swap(model: nn.Module, *, backend: str | None = None, strict: bool = False) 
             module.__class__ = table[type(module)]
         if row.action in (FUSED, ALREADY_FUSED) and isinstance(module, FusedForward):
             _set_backend(module, backend)
+    if any(row.action == FUSED for _, row in plan):
+        _recompile()
     return report
 
 
@@ -132,7 +139,15 @@ def unswap(model: nn.Module) -> SwapReport:
         for attribute in ADDED_ATTRIBUTES:
             module.__dict__.pop(attribute, None)
         rows.append(SwapRow(name or "(root)", type(module).__name__, RESTORED))
+    if any(row.action == RESTORED for row in rows):
+        _recompile()
     return SwapReport(tuple(rows))
+
+
+def _recompile() -> None:
+    """Have compiled code look at the classes again, where torch does not: 2.14 guards on them, 2.11 does not."""
+    if "torch._dynamo" in sys.modules and TorchVersion(torch.__version__) < "2.14":
+        torch.compiler.reset()
 
 
 def _check_model(model: object) -> None:
