@@ -13,7 +13,9 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
+from torch.torch_version import TorchVersion
 
 from fastvit.adapters import SwapTable, original_classes, registered
 from fastvit.adapters.reasons import why_not_fused
@@ -30,6 +32,9 @@ ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 NUMBER = re.compile(r"(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])")
 # The name by which transformers' models can run our attention without a swap (fastvit.register_transformers).
 TRANSFORMERS_NAME = "fastvit"
+DERIVED = (
+    "its class was made from the fused one after the swap (parametrize and fully_shard do so): take that back first"
+)
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,9 @@ def swap(model: nn.Module, *, backend: str | None = None, strict: bool = False) 
     Returns:
         A report. Swapping again changes at most the backend.
 
+    What was compiled before the swap is compiled anew at its next call; before torch 2.14 the swap calls
+    ``torch.compiler.reset()`` for that, which forgets everything that the process has compiled.
+
     Raises:
         TypeError: ``model`` is no module.
         ValueError: the backend is unknown, or ``strict`` and something would be left alone. Nothing has changed then.
@@ -106,11 +114,15 @@ def swap(model: nn.Module, *, backend: str | None = None, strict: bool = False) 
             module.__class__ = table[type(module)]
         if row.action in (FUSED, ALREADY_FUSED) and isinstance(module, FusedForward):
             _set_backend(module, backend)
+    if any(row.action == FUSED for _, row in plan):
+        _recompile()
     return report
 
 
 def unswap(model: nn.Module) -> SwapReport:
     """Give every swapped module in ``model`` its own class back and remove what the swap added; return the report.
+
+    A module whose class was derived from the fused one since is reported as left alone, and runs fused on.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -120,12 +132,22 @@ def unswap(model: nn.Module) -> SwapReport:
     rows = []
     for name, module in model.named_modules():
         if type(module) not in originals:
+            if _derives_from_swapped(type(module), originals):
+                rows.append(SwapRow(name or "(root)", type(module).__name__, LEFT_ALONE, DERIVED))
             continue
         module.__class__ = originals[type(module)]
         for attribute in ADDED_ATTRIBUTES:
             module.__dict__.pop(attribute, None)
         rows.append(SwapRow(name or "(root)", type(module).__name__, RESTORED))
+    if any(row.action == RESTORED for row in rows):
+        _recompile()
     return SwapReport(tuple(rows))
+
+
+def _recompile() -> None:
+    """Have compiled code look at the classes again, where torch does not: 2.14 guards on them, 2.11 does not."""
+    if "torch._dynamo" in sys.modules and TorchVersion(torch.__version__) < "2.14":
+        torch.compiler.reset()
 
 
 def _check_model(model: object) -> None:
@@ -142,7 +164,8 @@ def _plan(model: nn.Module, table: SwapTable, backend: str | None) -> Iterator[t
         if id(module) in handled or (kind in table and not table[kind].fastvit_recognises(module)):
             continue
         if isinstance(module, FusedForward):
-            notes = ([] if kind in originals else ["built with fastvit.modules"]) + kind.fastvit_fallbacks(module)
+            notes = [] if _derives_from_swapped(kind, originals) else ["built with fastvit.modules"]
+            notes += kind.fastvit_fallbacks(module)
             row = SwapRow(path, originals.get(kind, kind).__name__, ALREADY_FUSED, "; ".join(notes), shown)
         elif _runs_by_name(module, table):
             row = SwapRow(path, kind.__name__, ALREADY_FUSED, f"attn_implementation='{TRANSFORMERS_NAME}'", "automatic")
@@ -159,6 +182,10 @@ def _plan(model: nn.Module, table: SwapTable, backend: str | None) -> Iterator[t
         if not _is_container(module, table):
             handled.update(id(child) for child in module.modules())
         yield module, row
+
+
+def _derives_from_swapped(kind: type[nn.Module], originals: dict[type[nn.Module], type[nn.Module]]) -> bool:
+    return any(base in originals for base in kind.__mro__)
 
 
 def _why_left_alone(module: nn.Module, table: SwapTable) -> str | None:

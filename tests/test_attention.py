@@ -389,6 +389,19 @@ BAD_INPUT: list[tuple[str, Callable[[], object], type[Exception], str]] = [
 ]
 
 
+def test_the_ops_refuse_the_gradient_of_a_bias() -> None:
+    # What a graph calls that was exported without gradients: no check of the public functions comes before.
+    query, key, value = qkv()
+    bias = torch.randn(1, 1, query.shape[2], key.shape[2], requires_grad=True)
+    qkv_packed = torch.randn(2, 5, 3, 2, 8)
+    packed_bias = torch.randn(1, 1, 5, 5, requires_grad=True)
+    output, _ = torch.ops.fastvit.attention(query, key, value, bias, False, 1.0, None)
+    packed, _ = torch.ops.fastvit.attention_qkvpacked(qkv_packed, packed_bias, False, 1.0, None)
+    for result in (output, packed):
+        with pytest.raises(NotImplementedError, match="gradient of bias is not supported"):
+            result.sum().backward()
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"), [row[1:] for row in BAD_INPUT], ids=[row[0] for row in BAD_INPUT]
 )

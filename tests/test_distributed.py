@@ -39,4 +39,6 @@ def test_two_processes(case: str, parts: list[str]) -> None:
     # Both ranks write into one pipe.
     assert {part: finished.stdout.count(f"{part}: fine") for part in parts} == dict.fromkeys(parts, 2), finished.stdout
     if "refuses PackedColwiseParallel" in finished.stdout:
-        pytest.skip(f"the DTensor of torch {torch.__version__} cannot shard a packed projection; the refusal was tested")
+        pytest.skip(
+            f"the DTensor of torch {torch.__version__} cannot shard a packed projection; the refusal was tested"
+        )

@@ -20,7 +20,7 @@ from fastvit.models import vit
 from fastvit.modules import FusedAttentionForward, FusedForward
 from fastvit.swap import swap, unswap
 from fastvit.testing import compare, livened
-from tests.swapping import PACKED, hold_the_rule, normal, ops_run
+from tests.swapping import PACKED, hold_the_rule, normal, ops_run, run_python
 
 
 @pytest.fixture(autouse=True)
@@ -253,3 +253,22 @@ class FusedRotated(FusedAttentionForward, MaskedAttention):
 
     def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:  # type: ignore[override]
         return super().forward(x if rope is None else x + rope)
+
+
+def test_a_library_that_its_adapter_cannot_import_is_left_alone() -> None:
+    program = """
+import sys, types, warnings
+import torch, fastvit
+from fastvit.models import vit
+sys.modules["transformers.modeling_utils"] = types.ModuleType("transformers.modeling_utils")  # as in 4.x
+sys.modules["transformers.masking_utils"] = sys.modules["transformers.integrations.sdpa_attention"] = None
+model = vit.VisionTransformer(img_size=32, patch_size=8, embed_dim=64, depth=1, num_heads=2)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    print(fastvit.swap(model).counts, fastvit.unswap(model).counts)
+print(*[warning.message for warning in caught], sep="\\n")
+"""
+    counts, *said = run_python(program).splitlines()
+    assert counts == "{'fused': 2} {'restored': 2}"
+    assert len(said) == 1, said
+    assert said[0].startswith("fastvit: the layers of this transformers are left alone")

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from fastvit.adapters.torch_nn import FusedPatchConv2d
 from fastvit.models import vit
@@ -215,3 +216,26 @@ def test_compile_export_and_tracing() -> None:
     traced = torch.fx.symbolic_trace(nn.Sequential(module))
     assert ops_run(lambda: traced(normal(2, 3, 40, 56))) == {PATCHES}
     torch.testing.assert_close(traced(normal(3, 40, 56)), F.conv2d(normal(3, 40, 56), module.weight, module.bias, 8))
+
+
+def test_a_class_that_was_derived_after_the_swap_is_reported() -> None:
+    class Doubled(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 4, 4)), normal(2, 3, 8, 8)
+    swap(model)
+    parametrize.register_parametrization(model[0], "weight", Doubled())
+    expected = F.conv2d(x, model[0].weight, model[0].bias, stride=4)
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+    again = swap(model)
+    assert again.counts == {"already fused": 1}
+    assert "built with" not in again.rows[0].reason
+    report = unswap(model)
+    assert report.counts == {"left alone": 1}
+    assert "parametrize" in report.rows[0].reason
+    assert ops_run(lambda: model(x)) == {PATCHES}
+    parametrize.remove_parametrizations(model[0], "weight")
+    assert unswap(model).counts == {"restored": 1}
+    assert type(model[0]) is nn.Conv2d
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)

@@ -358,6 +358,10 @@ new = {name.split(".")[0] for name in set(sys.modules) - before}
 assert "triton" not in new, new
 for name in ("torch.distributed.tensor", "torch.utils.flop_counter", "fastvit.ops.sharding"):
     assert name in before or name not in sys.modules, name
+# Libraries ask whether a module is there before they import it.
+import importlib.util
+for name in ("torch.distributed.tensor", "torch.utils.flop_counter"):
+    assert importlib.util.find_spec(name) is not None
 from torch.utils.flop_counter import flop_registry
 assert torch.ops.fastvit.attention in flop_registry
 from torch.distributed.tensor import DTensor

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+import warnings
 
 from torch import nn
 
@@ -28,6 +29,8 @@ SwapTable = dict[type[nn.Module], type[FusedForward]]
 
 _FUSED: SwapTable = {}
 
+# Adapters of libraries in a version that they cannot import; each is tried and warned about once.
+_UNSUPPORTED: set[str] = set()
 
 # Every fused class there ever was, so that a module swapped before a replacement can still be taken back.
 _ORIGINALS: dict[type[nn.Module], type[nn.Module]] = {}
@@ -122,8 +125,19 @@ def _check_forward(original: type[nn.Module], fused: type[FusedForward]) -> None
 def registered() -> SwapTable:
     """Return the table, with the adapters of the libraries that are imported by now."""
     for library, adapter in ADAPTERS.items():
-        if library in sys.modules:
-            loaded = importlib.import_module(adapter)
+        if library in sys.modules and adapter not in _UNSUPPORTED:
+            try:
+                loaded = importlib.import_module(adapter)
+            except ImportError as error:
+                # Another version of one library is no reason to refuse the models of the others.
+                _UNSUPPORTED.add(adapter)
+                name = library.partition(".")[0]
+                warnings.warn(
+                    f"fastvit: the layers of this {name} are left alone, because it lacks what their adapter needs: "
+                    f"{error}",
+                    stacklevel=2,
+                )
+                continue
             # A library with one file for each model is imported piece by piece, and so is its adapter.
             getattr(loaded, "register_loaded", lambda: None)()
     return dict(_FUSED)

@@ -229,7 +229,14 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.set_materialize_grads(False)
 
 
+def _refuse_bias_gradient(wanted: bool) -> None:
+    # The public functions refuse such a bias; a graph exported without gradients calls the op past them.
+    if wanted:
+        raise NotImplementedError("fastvit attention: the gradient of bias is not supported yet; detach it")
+
+
 def _differentiate(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    _refuse_bias_gradient(ctx.needs_input_grad[3])
     grads = torch.ops.fastvit.attention_backward(
         grad_output, grad_lse, *ctx.saved_tensors, ctx.is_causal, ctx.scale, ctx.backend
     )
@@ -237,6 +244,7 @@ def _differentiate(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None
 
 
 def _differentiate_packed(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    _refuse_bias_gradient(ctx.needs_input_grad[1])
     grad_qkv = torch.ops.fastvit.attention_qkvpacked_backward(
         grad_output, grad_lse, *ctx.saved_tensors, ctx.is_causal, ctx.scale, ctx.backend
     )

@@ -89,7 +89,9 @@ def backend(name: str | None) -> Iterator[None]:
         name: one of ``fastvit.ops.backends.BACKENDS``; None restores the automatic choice.
 
     The choice belongs to the current thread or task (a context variable), nests, and yields to an explicit
-    ``backend=`` argument. A backward pass runs on the backend that its forward pass was asked to use.
+    ``backend=`` argument. A backward pass runs on the backend that its forward pass was asked to use; of compiled
+    code, on the one that was asked for when it was compiled. What torch.utils.checkpoint runs again in backward is
+    outside the block if backward is. ``backend=`` of an op and of :func:`fastvit.swap` hold in both cases.
 
     Raises:
         ValueError: the name is unknown.

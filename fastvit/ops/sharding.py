@@ -165,6 +165,6 @@ def _flattened(packed: DTensor) -> Tensor:
         return packed.flatten(0, 2)
     except RuntimeError as error:
         raise NotImplementedError(
-            f"fastvit PackedColwiseParallel: the DTensor of torch {torch.__version__} cannot flatten a sharded dimension "
-            "that has another in front; it needs torch 2.12 or newer"
+            f"fastvit PackedColwiseParallel: the DTensor of torch {torch.__version__} cannot flatten a sharded "
+            "dimension that has another in front; it needs torch 2.12 or newer"
         ) from error

@@ -7,7 +7,6 @@ any function of ours (a loaded graph calls the ops directly), so it hangs on the
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -32,10 +31,12 @@ class _Watcher(MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != self._name or self not in sys.meta_path:
+        if name != self._name:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        # Whoever asks may only want to know whether the module is there, so this finder stays until it has run.
+        others = [finder for finder in sys.meta_path if finder is not self]
+        specs = (finder.find_spec(name, path, target) for finder in others)
+        spec = next((found for found in specs if found is not None), None)
         if spec is not None and spec.loader is not None:
             execute = self._then_call_back(spec.loader.exec_module)
             spec.loader.exec_module = execute  # type: ignore[assignment]  # on this one loader, not on its class
@@ -44,6 +45,9 @@ class _Watcher(MetaPathFinder):
     def _then_call_back(self, exec_module: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:
         def execute(module: ModuleType) -> None:
             exec_module(module)
+            if self not in sys.meta_path:
+                return
+            sys.meta_path.remove(self)
             try:
                 self._callback()
             except Exception as error:

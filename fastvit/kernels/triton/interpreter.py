@@ -5,6 +5,7 @@ rounds to nearest even. Its float32 products add in an order that depends on the
 the order of the reduction, so that backward recomputes the very scores whose LSE forward saved: their errors cancel.
 And it patches the language anew at every call of a function, which is most of its time: a launch has patched ``tl``,
 and what the standard library's functions call (``tl.core``) stays patched once it is.
+In Triton 3.6 it makes a scalar of an array in a way that NumPy 2.4 refuses.
 Seen in Triton 3.8. Nothing here runs, or is imported, when kernels are compiled.
 """
 
@@ -75,6 +76,13 @@ def repair() -> None:
         )
         return original_dot(self, left, right, accumulator, precision, imprecise)
 
+    original_patch = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        original_patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
     builder.cast_impl, builder.create_dot = cast_impl, create_dot
+    interpreter._patch_lang_tensor = patch_lang_tensor
     interpreter.InterpretedFunction.__call__ = _call
     builder.bfloat16_is_repaired = True
