@@ -213,35 +213,41 @@ class AttentionBackward {
     }
     T* p = probabilities_ + v * L;
     T* ds = grad_scores_ + v * L;
-    Vec<T> high = splat(T(-kInfinity)), centre{};
+    Vec<T> high = splat(T(-kInfinity));
     for (int64_t j = 0; j < keys; ++j) {
       const Vec<T> score = load(p + j * W);
-      const auto larger = score > high;
-      high = larger ? score : high;
-      centre = larger ? load(ds + j * W) : centre;
+      high = score > high ? score : high;
     }
     const Vec<T> offset_of_row = high == T(-kInfinity) ? Vec<T>{} : high;
-    Vec<T> total{}, total_delta{};
+    Vec<T> total{}, delta{};
     for (int64_t first = 0; first < keys; first += kSumKeys) {
-      Vec<T> sum[2] = {}, delta[2] = {};
+      Vec<T> sum[2] = {}, part[2] = {};
       for (int64_t j = first; j < min64(first + kSumKeys, keys); ++j) {
         const Vec<T> exponential = exp(load(p + j * W) - offset_of_row);
-        const Vec<T> centred = load(ds + j * W) - centre;
         store(p + j * W, exponential);
-        store(ds + j * W, centred);
         sum[j & 1] += exponential;
-        delta[j & 1] += exponential * centred;
+        part[j & 1] += exponential * load(ds + j * W);
       }
       total += sum[0] + sum[1];
-      total_delta += delta[0] + delta[1];
+      delta += part[0] + part[1];
     }
     const Vec<T> inverse = total == T(0) ? Vec<T>{} : T(1) / total;
-    const Vec<T> row_delta = total_delta * inverse - grad_lse;
-    for (int64_t j = 0; j < keys; ++j) {
-      const Vec<T> probability = load(p + j * W) * inverse;
-      store(p + j * W, probability);
-      store(ds + j * W, probability * (load(ds + j * W) - row_delta));
+    delta *= inverse;
+    // What P·(dP − Δ) leaves is the rounding of Δ: where one key has all of P, it is as large as dS itself, and it
+    // would spoil the sum over the keys, which is zero.
+    Vec<T> rest{};
+    for (int64_t first = 0; first < keys; first += kSumKeys) {
+      Vec<T> part[2] = {};
+      for (int64_t j = first; j < min64(first + kSumKeys, keys); ++j) {
+        const Vec<T> probability = load(p + j * W) * inverse, centred = load(ds + j * W) - delta;
+        store(p + j * W, probability);
+        store(ds + j * W, centred);
+        part[j & 1] += probability * centred;
+      }
+      rest += part[0] + part[1];
     }
+    const Vec<T> shift = grad_lse - rest;
+    for (int64_t j = 0; j < keys; ++j) store(ds + j * W, load(p + j * W) * (load(ds + j * W) + shift));
   }
 
   void write(const View4& view, int64_t batch, int64_t head, int64_t first, int64_t count, const T* source,
