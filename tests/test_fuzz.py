@@ -14,7 +14,7 @@ from tests.strategies import attention_cases, fuzz, patch_embed_cases
 
 
 @fuzz(500)
-@given(attention_cases())
+@given(attention_cases(min_elements=3072))
 def test_attention_cpu(hold: Callable, case: AttentionCase) -> None:
     hold("attention, cpu, fuzz", check_attention(case, "cpu"), case)
 
@@ -26,7 +26,7 @@ def test_patch_embed_cpu(hold: Callable, case: PatchEmbedCase) -> None:
 
 
 @fuzz(100)
-@given(attention_cases())
+@given(attention_cases(min_elements=3072))
 def test_attention_reference(hold: Callable, case: AttentionCase) -> None:
     hold("attention, reference, fuzz", check_attention(case, "reference"), case)
 
@@ -47,7 +47,7 @@ SILENT = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 # CPython 3.11's frames and back, which makes it four times as slow.
 @SILENT
 @fuzz(60, shrink=False)
-@given(attention_cases(max_seqlen=70, min_elements=128))
+@given(attention_cases(max_seqlen=70, min_elements=256))
 def test_attention_triton(hold: Callable, case: AttentionCase) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     comparisons = on_a_fresh_stack(lambda: check_attention(case, "triton", written_out=True))
