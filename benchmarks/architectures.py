@@ -24,6 +24,7 @@ from torch import nn
 import fastvit
 from benchmarks import harness
 from benchmarks.zoo import Architecture, architectures
+from fastvit.commands.env import cpu_name
 from fastvit.commands.timing import race
 from fastvit.testing import check_model, livened
 
@@ -46,6 +47,7 @@ class Row:
     graph_breaks: int
     export: str
     speed: float
+    machine: str
 
 
 def measure(architecture: Architecture) -> Row:
@@ -76,7 +78,14 @@ def measure(architecture: Architecture) -> Row:
         breaks,
         export,
         round(speed, 3),
+        machine(),
     )
+
+
+def machine() -> str:
+    """Return the processor, the instruction set in use, the threads and torch's version."""
+    threads = torch.get_num_threads()
+    return f"{cpu_name()}, {harness.capability()}, {threads} threads, torch {torch.__version__}"
 
 
 def _graph_breaks(model: nn.Module, call: tuple[Any, ...], named: dict[str, Any]) -> int:
@@ -117,7 +126,7 @@ Made by `python -m benchmarks architectures --write`. Real classes at their real
 float32, on the CPU. *Outputs* and *gradients* are the worst error against float64 as a part of what the tolerance rule
 allows (1.00 is the limit; gradients of every parameter). *Breaks* are graph breaks of torch.compile in the whole model.
 *Speed* is the median time of the unswapped model over that of the swapped one, one image, without gradients, taken in
-turn; in two layers the patch embedding counts for more, and the rest of a model for less, than in the whole one.
+turn, on {" and ".join(sorted({row.machine for row in rows}))}.
 
 | library | model | swapped | outputs | gradients | breaks | export | speed | left alone |
 |---|---|---|---|---|---|---|---|---|
