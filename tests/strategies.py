@@ -12,8 +12,8 @@ from fastvit.testing import AttentionCase, PatchEmbedCase
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The rule compares the largest of two samples of errors; of a handful of elements that is no statistic, so batches grow
-# until there are this many: more where the kernel is native (with sharp logits a few rows make the error), fewer where
-# an interpreter takes milliseconds for each head.
+# until there are this many: more where the kernel is native (with sharp logits a few rows make the error), and only so
+# many heads where an interpreter takes milliseconds for each.
 MIN_ELEMENTS = 768
 
 
@@ -31,15 +31,17 @@ def fuzz(examples: int, shrink: bool = True) -> settings:
 
 
 @st.composite
-def attention_cases(draw: st.DrawFn, max_seqlen: int = 130, min_elements: int = MIN_ELEMENTS) -> AttentionCase:
-    """Any attention problem that the op accepts."""
+def attention_cases(
+    draw: st.DrawFn, max_seqlen: int = 130, min_elements: int = MIN_ELEMENTS, most_heads: int = 2**20
+) -> AttentionCase:
+    """Any attention problem that the op accepts; the batch grows for ``min_elements`` up to ``most_heads`` in all."""
     seqlen_q = draw(st.integers(1, max_seqlen))
     seqlen_k = draw(st.one_of(st.just(seqlen_q), st.integers(1, max_seqlen)))
     head_dim = draw(st.one_of(st.sampled_from((32, 64, 72, 80, 88, 128)), st.integers(1, 256)))
     head_dim_v = draw(st.one_of(st.just(head_dim), st.just(head_dim), st.integers(1, 256)))
     heads = draw(st.integers(1, 4))
     elements = heads * min(seqlen_q, seqlen_k)  # the LSE, the smallest of the tensors
-    batch = max(draw(st.integers(1, 3)), -(-min_elements // elements))
+    batch = max(draw(st.integers(1, 3)), min(-(-min_elements // elements), most_heads // heads))
     dtype = draw(st.sampled_from(DTYPES))
     bias = draw(st.sampled_from((None, None, "bool", "additive", "float32")))
     shape = (batch, heads, seqlen_q, seqlen_k)

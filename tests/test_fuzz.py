@@ -47,7 +47,7 @@ SILENT = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 # CPython 3.11's frames and back, which makes it four times as slow.
 @SILENT
 @fuzz(60, shrink=False)
-@given(attention_cases(max_seqlen=70, min_elements=256))
+@given(attention_cases(max_seqlen=70, most_heads=256))
 def test_attention_triton(hold: Callable, case: AttentionCase) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     comparisons = on_a_fresh_stack(lambda: check_attention(case, "triton", written_out=True))
