@@ -58,19 +58,24 @@ def run_python(program: str, *arguments: object) -> str:
     return finished.stdout
 
 
-def torchs_paths(model: nn.Module, x: Tensor) -> list[dict[str, Tensor]]:
-    """Return a training step by each of torch's own attention paths: its default, its math path, timm's written out."""
-    runs = [forward_backward(model, x)]
+def torchs_paths(model: nn.Module, run: Callable[[], Any]) -> list[Any]:
+    """Return what ``run`` gives by each of torch's own attention paths: default, math, and timm's written out."""
+    runs = [run()]
     with sdpa_kernel(SDPBackend.MATH):
-        runs.append(forward_backward(model, x))
+        runs.append(run())
     switched = [module for module in model.modules() if getattr(module, "fused_attn", None) is True]
     for module in switched:
         module.fused_attn = False
     if switched:
-        runs.append(forward_backward(model, x))
+        runs.append(run())
     for module in switched:
         module.fused_attn = True
     return runs
+
+
+def by_tensor(runs: list[dict[str, Tensor]]) -> dict[str, list[Tensor]]:
+    """Return for each tensor its results in all runs, of which ``compare`` takes the one that errs most."""
+    return {key: [run[key] for run in runs] for key in runs[0]}
 
 
 def hold_the_rule(model: nn.Module, x: Tensor, fused: int, ops: set[str]) -> float:
@@ -81,7 +86,11 @@ def hold_the_rule(model: nn.Module, x: Tensor, fused: int, ops: set[str]) -> flo
     """
     twin = copy.deepcopy(model)
     truth = forward_backward(copy.deepcopy(model).double(), x.double())
-    runs, before, kinds = torchs_paths(model, x), state(model), [type(module) for module in model.modules()]
+    runs, before, kinds = (
+        torchs_paths(model, lambda: forward_backward(model, x)),
+        state(model),
+        [type(module) for module in model.modules()],
+    )
     assert swap(model).counts.get("fused", 0) == fused
     assert state(model) == before
     mine: dict[str, Tensor] = {}

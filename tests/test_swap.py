@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastvit.models import vit
 from fastvit.modules.attention import FusedAttentionForward
@@ -21,12 +20,14 @@ from tests.swapping import (
     PACKED,
     PATCHES,
     SEPARATE,
+    by_tensor,
     forward_backward,
     images,
     normal,
     ops_run,
     run_python,
     state,
+    torchs_paths,
 )
 
 timm = pytest.importorskip("timm")
@@ -36,24 +37,6 @@ layers = pytest.importorskip("timm.layers")
 def tiny(**options: Any) -> nn.Module:
     options = {"depth": 2, "img_size": 64, "num_classes": 10, **options}
     return livened(timm.create_model("vit_tiny_patch16_224", **options))
-
-
-def torchs_own(model: nn.Module, x: Tensor, truth: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return, per tensor, the result of the one of torch's own attention paths that errs most.
-
-    In a chain of a dozen layers the largest error of a single run is a draw of luck: torch's paths (its default, its
-    math path, timm's written-out one) differ from one another by factors. PyTorch's own error is the largest of them.
-    """
-    runs = [forward_backward(model, x)]
-    with sdpa_kernel(SDPBackend.MATH):
-        runs.append(forward_backward(model, x))
-    attentions = [module for module in model.modules() if isinstance(module, layers.Attention)]
-    for attention in attentions:
-        attention.fused_attn = False
-    runs.append(forward_backward(model, x))
-    for attention in attentions:
-        attention.fused_attn = True
-    return {key: max((run[key] for run in runs), key=lambda t: (t.double() - truth[key]).abs().max()) for key in truth}
 
 
 REAL_MODELS = [
@@ -72,7 +55,8 @@ def test_real_models_keep_their_numbers(
     model = livened(timm.create_model(name))
     x = images(batch, size)
     truth = forward_backward(copy.deepcopy(model).double(), x.double())
-    own, unswapped = torchs_own(model, x, truth), forward_backward(model, x)
+    runs = torchs_paths(model, lambda: forward_backward(model, x))
+    own, unswapped = by_tensor(runs), runs[0]
     before = state(model)
     classes = [type(module) for module in model.modules()]
 
@@ -103,7 +87,7 @@ def test_the_reference_vit_swaps_too() -> None:
     theirs = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3).eval()
     theirs.load_state_dict(model.state_dict(), strict=True)
     truth = forward_backward(copy.deepcopy(model).double(), x.double())
-    own = torchs_own(theirs, x, truth)
+    own = by_tensor(torchs_paths(theirs, lambda: forward_backward(theirs, x)))
     assert swap(model, strict=True).counts == {"fused": 4}
     mine: dict[str, Tensor] = {}
     assert ops_run(lambda: mine.update(forward_backward(model, x))) == {PACKED, PATCHES}

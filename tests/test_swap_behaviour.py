@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from fastvit.swap import swap, unswap
 from fastvit.testing import compare, livened
-from tests.swapping import PACKED, PATCHES, forward_backward, images, ops_run
+from tests.swapping import PACKED, PATCHES, by_tensor, forward_backward, images, ops_run, torchs_paths
 
 timm = pytest.importorskip("timm")
 ROOT = Path(__file__).parents[1]
@@ -43,30 +42,15 @@ def x(batch: int = 2, size: int = 32) -> Tensor:
     return images(batch, size)
 
 
-def torchs_paths(model: nn.Module, run: Callable[[], Any]) -> list[Any]:
-    """Return what ``run`` gives on each of torch's own attention paths: its default, its math path, timm's loops."""
-    results = [run()]
-    with sdpa_kernel(SDPBackend.MATH):
-        results.append(run())
-    attention = model.get_submodule("blocks.0.attn")
-    attention.fused_attn = False
-    return [*results, run()]
-
-
-def worst(candidates: list[Tensor], truth: Tensor) -> Tensor:
-    return max(candidates, key=lambda candidate: (candidate.double() - truth).abs().max())
-
-
 def hold_the_rule(model: nn.Module, build: Callable[[], nn.Module]) -> None:
     """Compare logits and gradients with ``build()``'s in float64; PyTorch's own error is that of its worst path."""
     mine = forward_backward(model, x())
     truth = forward_backward(build().double(), x().double())
     plain = build()
-    inner = plain.get_base_model() if hasattr(plain, "get_base_model") else plain
-    own = torchs_paths(inner, lambda: forward_backward(plain, x()))
-    assert mine.keys() == truth.keys() == own[0].keys()
+    own = by_tensor(torchs_paths(plain, lambda: forward_backward(plain, x())))
+    assert mine.keys() == truth.keys() == own.keys()
     for key, expected in truth.items():
-        comparison = compare(mine[key], expected, worst([run[key] for run in own], expected), key)
+        comparison = compare(mine[key], expected, own[key], key)
         assert comparison.passed, comparison
 
 

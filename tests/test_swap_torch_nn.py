@@ -123,7 +123,7 @@ def test_every_call_form(form: str) -> None:
     for name, call in masks(batched, LENGTH, seqlen_k).items():
         wide = {key: double(value) for key, value in call.items()}
         truth = step(functools.partial(run, exact, wide), exact, *map(double, distinct))
-        own = torchs_own(lambda call=call: step(functools.partial(run, module, call), module, *distinct), truth)
+        own = torchs_own(lambda call=call: step(functools.partial(run, module, call), module, *distinct))
         mine = step(functools.partial(run, fused, call), fused, *distinct)
         check(mine, truth, own, f"{form}, {name}")
         assert ops_run(lambda call=call: run(fused, call, *distinct)) == {expected_op}
@@ -345,12 +345,12 @@ def test_low_precision_and_autocast(dtype: torch.dtype, form: str) -> None:
         low = copy.deepcopy(module).to(dtype)
         narrow = {t: t.to(dtype) for t in tensors}
         with torch.autocast("cpu", dtype):
-            own = torchs_own(lambda call=call: {"output": module(*tensors, need_weights=False, **call)[0]}, truth)
+            own = torchs_own(lambda call=call: {"output": module(*tensors, need_weights=False, **call)[0]})
             mine = swapped(module)(*tensors, need_weights=False, **call)[0]
         check({"output": mine}, truth, own, f"{form}, autocast")
         cast = {key: value.to(dtype) if value.is_floating_point() else value for key, value in call.items()}
         run = functools.partial(low, *(narrow[t] for t in tensors), need_weights=False, **cast)
-        own = torchs_own(lambda run=run: {"output": run()[0]}, truth)
+        own = torchs_own(lambda run=run: {"output": run()[0]})
         mine = swapped(low)(*(narrow[t] for t in tensors), need_weights=False, **cast)[0]
         check({"output": mine}, truth, own, f"{form}, {dtype}")
 

@@ -40,7 +40,7 @@ def test_models_keep_their_numbers(name: str, hold: Hold) -> None:
     build, make, kind, others = MODELS[name]
     model, inputs = build(), make()
     truth = hugging.exact(model, inputs)
-    own, unswapped = hugging.torchs_own(model, inputs, truth), forward_backward(model, inputs)
+    own, unswapped = hugging.torchs_own(model, inputs), forward_backward(model, inputs)
     before = state(model)
     classes = [type(module) for module in model.modules()]
 
@@ -64,7 +64,7 @@ def test_models_keep_their_numbers(name: str, hold: Hold) -> None:
 def test_classes_of_the_same_make(name: str, hold: Hold) -> None:
     model, inputs = hugging.another(name)
     truth = hugging.exact(model, inputs)
-    own, unswapped = hugging.torchs_own(model, inputs, truth), forward_backward(model, inputs)
+    own, unswapped = hugging.torchs_own(model, inputs), forward_backward(model, inputs)
     report = swap(model)
     rows = [row for row in report.swapped if row.original_type == hugging.MORE[name][1]]
     assert len(rows) == DEPTH, str(report)
@@ -93,7 +93,7 @@ def test_clip_text_with_padding(implementation: str, left: bool, hold: Hold) -> 
     assert not inputs["attention_mask"][0].any()
     model.model.set_attn_implementation(implementation)
     truth = hugging.exact(model, inputs)
-    own = hugging.torchs_own(model, inputs, truth, eager=implementation == "eager")
+    own = hugging.torchs_own(model, inputs, eager=implementation == "eager")
     swap(model)
     mine: dict[str, Tensor] = {}
     assert ops_run(lambda: mine.update(forward_backward(model, inputs))) == {SEPARATE}
@@ -124,7 +124,7 @@ def test_a_model_with_eager_attention(name: str, hold: Hold) -> None:
     model, inputs = build(), make()
     model.model.set_attn_implementation("eager")
     truth = hugging.exact(model, inputs)
-    own = hugging.torchs_own(model, inputs, truth)
+    own = hugging.torchs_own(model, inputs)
     report = swap(model)
     checked_report(report, kind, others)
     assert "output_attentions runs eager attention, weights are returned only then" in str(report)

@@ -90,10 +90,12 @@ class AttentionBackward {
   // Returns where the sums of a whole tree of `leaves` leaves go.
   T* allocate(Arena& arena, int64_t leaves) {
     const int64_t keys = p_.seqlen_k;
-    if constexpr (!__is_same(In, T)) {
-      key_buffer_ = arena.take<T>(keys * p_.head_dim);
-      value_buffer_ = arena.take<T>(keys * p_.head_dim_v);
-    }
+    const auto take = [&](int64_t rows, int64_t depth) {
+      return PackedMatrix<T>{arena.take<T>(PackedMatrix<T>::size(rows, depth)), rows, depth};
+    };
+    key_ = take(keys, p_.head_dim);
+    value_ = take(keys, p_.head_dim_v);
+    key_columns_ = take(p_.head_dim, keys);
     query_rows_ = arena.take<T>(W * padded_dim_);
     query_lanes_ = arena.take<T>(padded_dim_ * W);
     grad_output_rows_ = arena.take<T>(W * padded_dim_v_);
@@ -101,7 +103,6 @@ class AttentionBackward {
     probabilities_ = arena.take<T>(keys * W);
     grad_scores_ = arena.take<T>(keys * W);
     grad_query_lanes_ = arena.take<T>(padded_dim_ * W);
-    grad_query_rows_ = arena.take<T>(W * padded_dim_);
     if (p_.bias.type != BiasType::kNone) {
       bias_rows_ = arena.take<T>(W * round_up(keys, L));
       bias_lanes_ = arena.take<T>(W * round_up(keys, L));
@@ -117,8 +118,9 @@ class AttentionBackward {
 
   void load_head(int64_t index) {
     place(index);
-    key_ = widen_head<In>(p_.key, batch_, head_, p_.seqlen_k, p_.head_dim, key_buffer_);
-    value_ = widen_head<In>(p_.value, batch_, head_, p_.seqlen_k, p_.head_dim_v, value_buffer_);
+    pack_rows(head_of<In>(p_.key, batch_, head_), p_.key.row_stride, key_);
+    pack_rows(head_of<In>(p_.value, batch_, head_), p_.value.row_stride, value_);
+    pack_columns(head_of<In>(p_.key, batch_, head_), p_.key.row_stride, key_columns_);
   }
 
   T* partial(const AttentionSplit& split, int64_t task) const {
@@ -170,38 +172,43 @@ class AttentionBackward {
 
   // `fresh`: the sums begin with this block, and whatever `sums` held is overwritten.
   void run_block(const QueryBlock<T>& block, bool fresh, T* sums) {
-    const In* query = head_of<In>(p_.query, block.batch, block.head) + block.first * p_.query.row_stride;
-    load_lanes(query, p_.query.row_stride, block.count, p_.head_dim, scale_.queries, query_rows_, query_lanes_);
-    const In* grad = head_of<In>(p_.grad_output, block.batch, block.head) + block.first * p_.grad_output.row_stride;
-    load_lanes(grad, p_.grad_output.row_stride, block.count, p_.head_dim_v, T(1), grad_output_rows_,
-               grad_output_lanes_);
+    load_block(p_.query, block, p_.head_dim, scale_.queries, query_rows_, query_lanes_);
+    load_block(p_.grad_output, block, p_.head_dim_v, T(1), grad_output_rows_, grad_output_lanes_);
     const int64_t keys = p_.is_causal ? min64(p_.seqlen_k, block.first + block.count) : p_.seqlen_k;
     compute_scores(p_, block, key_, query_lanes_, scale_.scores, 0, keys, probabilities_, bias_rows_, bias_lanes_);
-    panel_product<T, false>(keys, block.vectors(),
-                            {value_.data, value_.stride, 1, grad_output_lanes_, W, grad_scores_, W, p_.head_dim_v});
+    packed_product<T, false>(value_, keys, 0, p_.head_dim_v, block.vectors(), grad_output_lanes_, grad_scores_);
     for (int v = 0; v < block.vectors(); ++v) softmax_backward(block, v, keys);
     // Sums over the queries of this block, whose number is `count`: lanes beyond it hold no query.
     const TileArgs<T> to_value{probabilities_, W,          1, grad_output_rows_, padded_dim_v_, value_sums(sums),
                                padded_dim_v_,  block.count};
     const TileArgs<T> to_key{grad_scores_, W, 1, query_rows_, padded_dim_, sums, padded_dim_, block.count};
     if (fresh) {
-      product<T, false>(keys, padded_dim_v_, to_value);
-      product<T, false>(keys, padded_dim_, to_key);
+      product<T, false, Lanes>(keys, padded_dim_v_, to_value);
+      product<T, false, Lanes>(keys, padded_dim_, to_key);
       for (int64_t i = keys * padded_dim_v_; i < p_.seqlen_k * padded_dim_v_; ++i) value_sums(sums)[i] = 0;
       for (int64_t i = keys * padded_dim_; i < p_.seqlen_k * padded_dim_; ++i) sums[i] = 0;
     } else {
-      product<T, true>(keys, padded_dim_v_, to_value);
-      product<T, true>(keys, padded_dim_, to_key);
+      product<T, true, Lanes>(keys, padded_dim_v_, to_value);
+      product<T, true, Lanes>(keys, padded_dim_, to_key);
     }
-    panel_product<T, false>(p_.head_dim, block.vectors(),
-                            {key_.data, 1, key_.stride, grad_scores_, W, grad_query_lanes_, W, keys});
-    for (int64_t d = 0; d < p_.head_dim; ++d) {
-      for (int64_t i = 0; i < block.vectors() * L; i += L) {
-        store(grad_query_lanes_ + d * W + i, load(grad_query_lanes_ + d * W + i) * T(p_.scale));
+    packed_product<T, false>(key_columns_, p_.head_dim, 0, keys, block.vectors(), grad_scores_, grad_query_lanes_);
+    In* grad_query = mutable_head_of<In>(p_.grad_query, batch_, head_) + block.first * p_.grad_query.row_stride;
+    for (int64_t first = 0; first < block.count; first += L) {
+      store_transposed(grad_query_lanes_ + first, W, splat(T(p_.scale)), min64(L, block.count - first), p_.head_dim,
+                       grad_query + first * p_.grad_query.row_stride, p_.grad_query.row_stride);
+    }
+  }
+
+  // Loads a block's rows [count][padded], scaled, and their transpose [columns][W].
+  static void load_block(const View4& view, const QueryBlock<T>& block, int64_t columns, T factor, T* rows, T* lanes) {
+    const In* source = head_of<In>(view, block.batch, block.head) + block.first * view.row_stride;
+    const int64_t padded = round_up(columns, L);
+    for (int64_t r = 0; r < block.count; ++r) {
+      for (int64_t c = 0; c < columns; c += L) {
+        store(rows + r * padded + c, load_first(source + r * view.row_stride + c, columns - c) * factor);
       }
     }
-    transpose(grad_query_lanes_, W, padded_dim_, block.vectors() * L, grad_query_rows_, padded_dim_);
-    write(p_.grad_query, block.batch, block.head, block.first, block.count, grad_query_rows_, padded_dim_, p_.head_dim);
+    load_transposed(rows, padded, block.count, block.count, columns, T(1), lanes, W);
   }
 
   // Turns the scores into P and dP into dS, for vector v of the queries.
@@ -213,39 +220,35 @@ class AttentionBackward {
     }
     T* p = probabilities_ + v * L;
     T* ds = grad_scores_ + v * L;
-    Vec<T> high = splat(T(-kInfinity));
-    for (int64_t j = 0; j < keys; ++j) {
-      const Vec<T> score = load(p + j * W);
-      high = score > high ? score : high;
-    }
+    const Vec<T> high = maximum_of_lanes(p, keys);
     const Vec<T> offset_of_row = high == T(-kInfinity) ? Vec<T>{} : high;
     Vec<T> total{}, delta{};
-    for (int64_t first = 0; first < keys; first += kSumKeys) {
+    for_each_run(keys, [&](int64_t begin, int64_t end) {
       Vec<T> sum[2] = {}, part[2] = {};
-      for (int64_t j = first; j < min64(first + kSumKeys, keys); ++j) {
+      for_each_pair(begin, end, [&](int64_t j, auto odd) {
         const Vec<T> exponential = exp(load(p + j * W) - offset_of_row);
         store(p + j * W, exponential);
-        sum[j & 1] += exponential;
-        part[j & 1] += exponential * load(ds + j * W);
-      }
+        sum[odd.value] += exponential;
+        part[odd.value] += exponential * load(ds + j * W);
+      });
       total += sum[0] + sum[1];
       delta += part[0] + part[1];
-    }
+    });
     const Vec<T> inverse = total == T(0) ? Vec<T>{} : T(1) / total;
     delta *= inverse;
     // What P·(dP − Δ) leaves is the rounding of Δ: where one key has all of P, it is as large as dS itself, and it
     // would spoil the sum over the keys, which is zero.
     Vec<T> rest{};
-    for (int64_t first = 0; first < keys; first += kSumKeys) {
+    for_each_run(keys, [&](int64_t begin, int64_t end) {
       Vec<T> part[2] = {};
-      for (int64_t j = first; j < min64(first + kSumKeys, keys); ++j) {
+      for_each_pair(begin, end, [&](int64_t j, auto odd) {
         const Vec<T> probability = load(p + j * W) * inverse, centred = load(ds + j * W) - delta;
         store(p + j * W, probability);
         store(ds + j * W, centred);
-        part[j & 1] += probability * centred;
-      }
+        part[odd.value] += probability * centred;
+      });
       rest += part[0] + part[1];
-    }
+    });
     const Vec<T> shift = grad_lse - rest;
     for (int64_t j = 0; j < keys; ++j) store(ds + j * W, load(p + j * W) * (load(ds + j * W) + shift));
   }
@@ -262,10 +265,9 @@ class AttentionBackward {
   const Scale<T> scale_;
   int64_t padded_dim_, padded_dim_v_, partial_size_, blocks_, leaves_, max_parts_ = 1;
   int64_t batch_ = 0, head_ = 0;
-  Matrix<T> key_{}, value_{};
-  T *key_buffer_ = nullptr, *value_buffer_ = nullptr;
+  PackedMatrix<T> key_{}, value_{}, key_columns_{};
   T *query_rows_, *query_lanes_, *grad_output_rows_, *grad_output_lanes_, *probabilities_, *grad_scores_;
-  T *grad_query_lanes_, *grad_query_rows_;
+  T* grad_query_lanes_;
   T* right_[__builtin_ctzll(uint64_t(kLeaves))];  // sums of right subtrees, by level
   T *bias_rows_ = nullptr, *bias_lanes_ = nullptr;
 };

@@ -1,21 +1,15 @@
 // What the forward and the backward kernel share: the block of queries, its scores, bias and causal mask.
 //
 // Everything is computed transposed, one query per vector lane: S^T [keys][queries] = K · Q^T. Then the softmax runs
-// down the lanes without a horizontal reduction, keys need no padding, and K and V are broadcast operands, which
-// float32 reads in place from whatever strides the caller has (16-bit inputs are widened once per head).
+// down the lanes without a horizontal reduction, keys need no padding, and K and V are broadcast operands. They are
+// packed once per head, widened if they have 16 bits: in a packed projection each row of a head lies in a page of its
+// own, and rows that far apart fall into the same few sets of the cache.
 #pragma once
 
 #include "arena.h"
 #include "gemm.h"
 
 namespace fastvit::cpu::FASTVIT_CAPABILITY {
-
-// The matrix [rows][columns] of one head of an operand, in the compute type.
-template <class T>
-struct Matrix {
-  const T* data;
-  int64_t stride;
-};
 
 template <class In>
 inline const In* head_of(const View4& view, int64_t batch, int64_t head) {
@@ -24,37 +18,6 @@ inline const In* head_of(const View4& view, int64_t batch, int64_t head) {
 template <class In>
 inline In* mutable_head_of(const View4& view, int64_t batch, int64_t head) {
   return static_cast<In*>(view.data) + batch * view.batch_stride + head * view.head_stride;
-}
-
-// Returns the head itself where it already has the compute type, else its widened copy in `buffer` [rows][columns].
-template <class In>
-Matrix<Compute<In>> widen_head(const View4& view, int64_t batch, int64_t head, int64_t rows, int64_t columns,
-                               Compute<In>* buffer) {
-  const In* source = head_of<In>(view, batch, head);
-  if constexpr (__is_same(In, Compute<In>)) {
-    return {source, view.row_stride};
-  } else {
-    for (int64_t r = 0; r < rows; ++r) {
-      load_row(source + r * view.row_stride, columns, Compute<In>(1), buffer + r * columns);
-    }
-    return {buffer, columns};
-  }
-}
-
-// Loads `count` rows of a head, scaled, into `rows` [kPanel][padded], zero beyond the data, and transposes them into
-// `lanes` [padded][kPanel]: one row per lane.
-template <class In>
-void load_lanes(const In* source, int64_t stride, int64_t count, int64_t columns, Compute<In> factor, Compute<In>* rows,
-                Compute<In>* lanes) {
-  using T = Compute<In>;
-  const int64_t padded = round_up(columns, kLanes<T>);
-  for (int64_t r = 0; r < kPanel<T>; ++r) {
-    T* row = rows + r * padded;
-    int64_t filled = r < count ? columns : 0;
-    if (r < count) load_row(source + r * stride, columns, factor, row);
-    for (int64_t c = filled; c < padded; ++c) row[c] = 0;
-  }
-  transpose(rows, padded, kPanel<T>, padded, lanes, kPanel<T>);
 }
 
 template <class T>
@@ -163,11 +126,33 @@ void mask_causal(const QueryBlock<T>& block, int64_t first_key, int64_t keys, T*
 // not allow.
 constexpr int64_t kSumKeys = 32;
 
+// Calls f(begin, end) for each run of kSumKeys keys.
+template <class F>
+inline void for_each_run(int64_t keys, const F& f) {
+  for (int64_t begin = 0; begin < keys; begin += kSumKeys) f(begin, min64(begin + kSumKeys, keys));
+}
+
+// Calls f(j, odd) for each j in [begin, end). What the even and what the odd ones add up stays in a register each, which
+// it does only because the compiler knows `odd`.
+template <int Odd>
+struct Parity {
+  static constexpr int value = Odd;
+};
+template <class F>
+inline void for_each_pair(int64_t begin, int64_t end, const F& f) {
+  for (int64_t j = begin; j < end; j += 2) {
+    f(j, Parity<0>{});
+    if (j + 1 < end) f(j + 1, Parity<1>{});
+  }
+}
+
 // The largest score of each lane over the keys, NaN ignored; -inf without keys.
 template <class T>
 Vec<T> maximum_of_lanes(const T* scores, int64_t keys) {
   Vec<T> high[2] = {splat(T(-kInfinity)), splat(T(-kInfinity))};
-  for (int64_t j = 0; j < keys; ++j) high[j & 1] = maximum(load(scores + j * kPanel<T>), high[j & 1]);
+  for_each_pair(0, keys, [&](int64_t j, auto odd) {
+    high[odd.value] = maximum(load(scores + j * kPanel<T>), high[odd.value]);
+  });
   return maximum(high[0], high[1]);
 }
 
@@ -185,13 +170,13 @@ struct Scale {
   T scores;
 };
 
-// S^T = K · Q^T · scale (+ bias, causal mask) for keys [first_key, first_key + keys).
+// S^T = K · Q^T · scale (+ bias, causal mask) for the first `keys` of the keys in `key`, of which the first is
+// `first_key`. Keys beyond them in the same tile may get scores too.
 template <class T>
-void compute_scores(const AttentionParams& p, const QueryBlock<T>& block, Matrix<T> key, const T* query_lanes, T scale,
-                    int64_t first_key, int64_t keys, T* scores, T* bias_rows, T* bias_lanes) {
-  TileArgs<T> args{
-      key.data + first_key * key.stride, key.stride, 1, query_lanes, kPanel<T>, scores, kPanel<T>, p.head_dim};
-  panel_product<T, false>(keys, block.vectors(), args);
+void compute_scores(const AttentionParams& p, const QueryBlock<T>& block, const PackedMatrix<T>& key,
+                    const T* query_lanes, T scale, int64_t first_key, int64_t keys, T* scores, T* bias_rows,
+                    T* bias_lanes) {
+  packed_product<T, false>(key, keys, 0, p.head_dim, block.vectors(), query_lanes, scores);
   if (scale != T(1)) {
     for (int64_t i = 0; i < keys * kPanel<T>; i += kLanes<T>) store(scores + i, load(scores + i) * scale);
   }

@@ -41,22 +41,24 @@ class AttentionForward {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t index = task / per_head, batch = index / p_.num_heads, head = index % p_.num_heads;
       if (index != loaded) {
-        key_ = widen_head<In>(p_.key, batch, head, p_.seqlen_k, p_.head_dim, key_buffer_);
-        value_ = widen_head<In>(p_.value, batch, head, p_.seqlen_k, p_.head_dim_v, value_buffer_);
+        for (int64_t first = 0; first < p_.seqlen_k; first += keys_per_block_) {
+          pack_rows(head_of<In>(p_.key, batch, head) + first * p_.key.row_stride, p_.key.row_stride, key_block(first));
+        }
+        pack_columns(head_of<In>(p_.value, batch, head), p_.value.row_stride, value_);
         loaded = index;
       }
-      const int64_t first = task % per_head * W;
-      run_block({batch, head, first, min64(W, p_.seqlen_q - first)});
+      run_block(block_of(task));
     }
   }
 
  private:
+  QueryBlock<T> block_of(int64_t task) const {
+    const int64_t per_head = blocks_per_head(p_), index = task / per_head, first = task % per_head * W;
+    return {index / p_.num_heads, index % p_.num_heads, first, min64(W, p_.seqlen_q - first)};
+  }
   void allocate(Arena& arena) {
-    if constexpr (!__is_same(In, T)) {
-      key_buffer_ = arena.take<T>(p_.seqlen_k * p_.head_dim);
-      value_buffer_ = arena.take<T>(p_.seqlen_k * p_.head_dim_v);
-    }
-    rows_ = arena.take<T>(W * max64(padded_dim_, padded_dim_v_));
+    key_ = arena.take<T>(key_blocks_ * PackedMatrix<T>::size(keys_per_block_, p_.head_dim));
+    value_ = {arena.take<T>(PackedMatrix<T>::size(p_.head_dim_v, p_.seqlen_k)), p_.head_dim_v, p_.seqlen_k};
     query_lanes_ = arena.take<T>(padded_dim_ * W);
     output_lanes_ = arena.take<T>(padded_dim_v_ * W);
     scores_ = arena.take<T>(keys_per_block_ * W);
@@ -66,9 +68,15 @@ class AttentionForward {
     }
   }
 
+  // The keys from `first` on that are treated together.
+  PackedMatrix<T> key_block(int64_t first) const {
+    return {key_ + first / keys_per_block_ * PackedMatrix<T>::size(keys_per_block_, p_.head_dim),
+            min64(keys_per_block_, p_.seqlen_k - first), p_.head_dim};
+  }
+
   void run_block(const QueryBlock<T>& block) {
     const In* query = head_of<In>(p_.query, block.batch, block.head) + block.first * p_.query.row_stride;
-    load_lanes(query, p_.query.row_stride, block.count, p_.head_dim, scale_.queries, rows_, query_lanes_);
+    load_transposed(query, p_.query.row_stride, block.count, block.count, p_.head_dim, scale_.queries, query_lanes_, W);
     for (int v = 0; v < kTileVectors; ++v) {
       maximum_[v] = splat(T(-kInfinity));
       sum_[v] = Vec<T>{};
@@ -76,14 +84,13 @@ class AttentionForward {
     const int64_t all_keys = p_.is_causal ? min64(p_.seqlen_k, block.first + block.count) : p_.seqlen_k;
     for (int64_t first_key = 0; first_key < all_keys; first_key += keys_per_block_) {
       const int64_t keys = min64(keys_per_block_, all_keys - first_key);
-      compute_scores(p_, block, key_, query_lanes_, scale_.scores, first_key, keys, scores_, bias_rows_, bias_lanes_);
+      compute_scores(p_, block, key_block(first_key), query_lanes_, scale_.scores, first_key, keys, scores_, bias_rows_,
+                     bias_lanes_);
       for (int v = 0; v < block.vectors(); ++v) softmax_lanes(v, keys, first_key > 0);
-      const TileArgs<T> args{
-          value_.data + first_key * value_.stride, 1, value_.stride, scores_, W, output_lanes_, W, keys};
       if (first_key == 0) {
-        panel_product<T, false>(p_.head_dim_v, block.vectors(), args);
+        packed_product<T, false>(value_, p_.head_dim_v, 0, keys, block.vectors(), scores_, output_lanes_);
       } else {
-        panel_product<T, true>(p_.head_dim_v, block.vectors(), args);
+        packed_product<T, true>(value_, p_.head_dim_v, first_key, keys, block.vectors(), scores_, output_lanes_);
       }
     }
     write(block);
@@ -104,44 +111,36 @@ class AttentionForward {
       }
     }
     maximum_[v] = high;
-    for (int64_t first = 0; first < keys; first += kSumKeys) {
+    for_each_run(keys, [&](int64_t begin, int64_t end) {
       Vec<T> sum[2] = {};
-      for (int64_t j = first; j < min64(first + kSumKeys, keys); ++j) {
-        Vec<T> exponential = exp(load(scores + j * W) - offset);
+      for_each_pair(begin, end, [&](int64_t j, auto odd) {
+        const Vec<T> exponential = exp(load(scores + j * W) - offset);
         store(scores + j * W, exponential);
-        sum[j & 1] += exponential;
-      }
+        sum[odd.value] += exponential;
+      });
       sum_[v] += sum[0] + sum[1];
-    }
+    });
   }
 
   void write(const QueryBlock<T>& block) {
     T* lse = static_cast<T*>(p_.lse) + (block.batch * p_.num_heads + block.head) * p_.seqlen_q + block.first;
-    for (int v = 0; v < block.vectors(); ++v) {
-      // A sum of exactly 0 is a row without keys: its output is 0. A NaN sum compares false and stays NaN.
-      Vec<T> inverse = sum_[v] == T(0) ? Vec<T>{} : T(1) / sum_[v];
-      for (int64_t d = 0; d < p_.head_dim_v; ++d) {
-        T* output = output_lanes_ + d * W + v * L;
-        store(output, load(output) * inverse);
-      }
-      Vec<T> offset = maximum_[v] == T(-kInfinity) ? Vec<T>{} : maximum_[v];
-      for (int lane = 0; lane < L && v * L + lane < block.count; ++lane) {
-        lse[v * L + lane] = offset[lane] + T(::log(double(sum_[v][lane])));
-      }
-    }
-    transpose(output_lanes_, W, padded_dim_v_, block.vectors() * L, rows_, padded_dim_v_);
     In* output = mutable_head_of<In>(p_.output, block.batch, block.head) + block.first * p_.output.row_stride;
-    for (int64_t i = 0; i < block.count; ++i) {
-      store_row(rows_ + i * padded_dim_v_, p_.head_dim_v, output + i * p_.output.row_stride);
+    for (int v = 0; v < block.vectors(); ++v) {
+      const int64_t lanes = min64(L, block.count - v * L);
+      // A sum of exactly 0 is a row without keys: its output is 0. A NaN sum compares false and stays NaN.
+      const Vec<T> inverse = sum_[v] == T(0) ? Vec<T>{} : T(1) / sum_[v];
+      store_transposed(output_lanes_ + v * L, W, inverse, lanes, p_.head_dim_v, output + v * L * p_.output.row_stride,
+                       p_.output.row_stride);
+      const Vec<T> offset = maximum_[v] == T(-kInfinity) ? Vec<T>{} : maximum_[v];
+      store_first(offset + log_of_sum(sum_[v]), lanes, lse + v * L);
     }
   }
 
   const AttentionParams& p_;
   const Scale<T> scale_;
   int64_t key_blocks_, keys_per_block_, padded_dim_, padded_dim_v_;
-  Matrix<T> key_{}, value_{};
-  T *key_buffer_ = nullptr, *value_buffer_ = nullptr;
-  T *rows_, *query_lanes_, *output_lanes_, *scores_;
+  T *key_, *query_lanes_, *output_lanes_, *scores_;
+  PackedMatrix<T> value_{};
   T *bias_rows_ = nullptr, *bias_lanes_ = nullptr;
   Vec<T> maximum_[kTileVectors], sum_[kTileVectors];
 };

@@ -1,7 +1,7 @@
 // The one matrix-product tile on which both ops stand: C[rows][lanes] (+)= A[rows][k] · B[k][lanes].
 //
-// A is read one element at a time and broadcast, by any two strides, so a row-major operand serves as itself or as its
-// transpose without a copy; B and C are rows of vectors.
+// A is read one element at a time and broadcast: by any two strides, so that a row-major operand serves as itself or as
+// its transpose without a copy, or packed as the tiles read it. B and C are rows of vectors.
 #pragma once
 
 #include "simd.h"
@@ -19,6 +19,10 @@ constexpr int kTileVectors = 2;
 template <class T>
 constexpr int kPanel = kTileVectors * kLanes<T>;
 
+// Elements from one k to the next in a packed A: the rows of a tile, in whole vectors.
+template <class T>
+constexpr int64_t kTileStride = (kTileRows + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+
 template <class T>
 struct TileArgs {
   const T* a;
@@ -29,6 +33,54 @@ struct TileArgs {
   T* c;
   int64_t c_stride;
   int64_t k;
+};
+
+// How a tile finds its operands. Strides that the compiler knows become part of the instructions; others take more
+// registers than there are, one for each row of A.
+struct Strided {
+  template <class T, int Rows>
+  static int64_t a_row(const TileArgs<T>& args) {
+    return args.a_row;
+  }
+  template <class T, int Rows>
+  static int64_t a_k(const TileArgs<T>& args) {
+    return args.a_k;
+  }
+  template <class T>
+  static int64_t b_stride(const TileArgs<T>& args) {
+    return args.b_stride;
+  }
+};
+// A as `pack_rows` and `pack_columns` leave it, B in rows of kPanel.
+struct Packed {
+  template <class T, int Rows>
+  static constexpr int64_t a_row(const TileArgs<T>&) {
+    return 1;
+  }
+  template <class T, int Rows>
+  static constexpr int64_t a_k(const TileArgs<T>&) {
+    return kTileStride<T>;
+  }
+  template <class T>
+  static constexpr int64_t b_stride(const TileArgs<T>&) {
+    return kPanel<T>;
+  }
+};
+
+// A the transpose of rows of kPanel, as scores are.
+struct Lanes {
+  template <class T, int Rows>
+  static constexpr int64_t a_row(const TileArgs<T>&) {
+    return kPanel<T>;
+  }
+  template <class T, int Rows>
+  static constexpr int64_t a_k(const TileArgs<T>&) {
+    return 1;
+  }
+  template <class T>
+  static int64_t b_stride(const TileArgs<T>& args) {
+    return args.b_stride;
+  }
 };
 
 // What one step of k multiplies: one element of A with a vector of B, ...
@@ -66,37 +118,56 @@ constexpr int64_t kChain = kSmallTile<Rows, Vectors>             ? 8
 template <class Step, int Rows, int Vectors>
 constexpr int64_t kStored = kSmallTile<Rows, Vectors> ? 64 : kChain<Step, Rows, Vectors>;
 
-template <class Step, class T, int Rows, int Vectors>
-inline void add_products(Vec<T> (&sum)[Rows][Vectors], const TileArgs<T>& args, int64_t begin, int64_t end) {
-  constexpr int L = kLanes<T>;
-  const T* a = args.a + begin * args.a_k;
-  const T* b = args.b + begin * args.b_stride;
-  for (int64_t k = begin; k < end; ++k) {
-    Vec<T> right[Vectors];
+// Steps of k between two jumps: where strides are known, the steps cost no arithmetic on addresses.
+template <class Layout>
+constexpr int kUnroll = __is_same(Layout, Strided) ? 1 : 4;
+
+template <class Step, class Layout, class T, int Rows, int Vectors>
+inline void add_product(Vec<T> (&sum)[Rows][Vectors], const T* a, int64_t a_row, const T* b) {
+  Vec<T> right[Vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) right[v] = load(b + v * L);
+  for (int v = 0; v < Vectors; ++v) right[v] = load(b + v * kLanes<T>);
 #pragma GCC unroll 16
-    for (int r = 0; r < Rows; ++r) {
-      Vec<T> left = splat(a[r * args.a_row]);
+  for (int r = 0; r < Rows; ++r) {
+    Vec<T> left = splat(a[r * a_row]);
 #pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) sum[r][v] = Step::template add<T>(sum[r][v], left, right[v]);
-    }
-    a += args.a_k;
-    b += args.b_stride;
+    for (int v = 0; v < Vectors; ++v) sum[r][v] = Step::template add<T>(sum[r][v], left, right[v]);
   }
 }
 
-template <class Step, class T, int Rows, int Vectors, bool Accumulate>
+template <class Step, class Layout, class T, int Rows, int Vectors>
+inline void add_products(Vec<T> (&sum)[Rows][Vectors], const TileArgs<T>& args, int64_t begin, int64_t end) {
+  const int64_t a_row = Layout::template a_row<T, Rows>(args), a_k = Layout::template a_k<T, Rows>(args);
+  const int64_t b_stride = Layout::template b_stride<T>(args);
+  const T* a = args.a + begin * a_k;
+  const T* b = args.b + begin * b_stride;
+  int64_t k = begin;
+  for (; k + kUnroll<Layout> <= end; k += kUnroll<Layout>) {
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll<Layout>; ++u) {
+      add_product<Step, Layout, T, Rows, Vectors>(sum, a + u * a_k, a_row, b + u * b_stride);
+    }
+    a += kUnroll<Layout> * a_k;
+    b += kUnroll<Layout> * b_stride;
+  }
+  for (; k < end; ++k) {
+    add_product<Step, Layout, T, Rows, Vectors>(sum, a, a_row, b);
+    a += a_k;
+    b += b_stride;
+  }
+}
+
+template <class Step, class Layout, class T, int Rows, int Vectors, bool Accumulate>
 void tile(const TileArgs<T>& args) {
   constexpr int64_t chain = kChain<Step, Rows, Vectors>, stored = kStored<Step, Rows, Vectors>;
   for (int64_t begin = 0; begin < args.k; begin += stored) {
     const int64_t end = min64(begin + stored, args.k);
     Vec<T> sum[Rows][Vectors] = {};
-    add_products<Step, T, Rows, Vectors>(sum, args, begin, min64(begin + chain, end));
+    add_products<Step, Layout, T, Rows, Vectors>(sum, args, begin, min64(begin + chain, end));
     if constexpr (chain < stored) {
       for (int64_t middle = begin + chain; middle < end; middle += chain) {
         Vec<T> next[Rows][Vectors] = {};
-        add_products<Step, T, Rows, Vectors>(next, args, middle, min64(middle + chain, end));
+        add_products<Step, Layout, T, Rows, Vectors>(next, args, middle, min64(middle + chain, end));
 #pragma GCC unroll 16
         for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4
@@ -116,39 +187,173 @@ void tile(const TileArgs<T>& args) {
   }
 }
 
-template <class Step, class T, int Vectors, bool Accumulate, int Rows = kTileRows>
+template <class Step, class Layout, class T, int Vectors, bool Accumulate, int Rows = kTileRows>
 inline void call_tile(int rows, const TileArgs<T>& args) {
   if (rows == Rows) {
-    tile<Step, T, Rows, Vectors, Accumulate>(args);
+    tile<Step, Layout, T, Rows, Vectors, Accumulate>(args);
   } else if constexpr (Rows > 1) {
-    call_tile<Step, T, Vectors, Accumulate, Rows - 1>(rows, args);
+    call_tile<Step, Layout, T, Vectors, Accumulate, Rows - 1>(rows, args);
   }
 }
 
-// C [m][lanes] (+)= A [m][k] · B [k][lanes] for any m and `vectors` vectors of lanes, at most kTileVectors. Rows are
-// dealt out evenly over the tiles, so that no tile is left with too few accumulators to hide the latency of an FMA.
-template <class T, bool Accumulate, class Step = Multiply>
-inline void panel_product(int64_t m, int vectors, TileArgs<T> args) {
-  int64_t tiles = ceil_div(m, kTileRows);
-  int64_t rows = m / tiles, longer = m % tiles;
-  for (int64_t t = 0; t < tiles; ++t) {
-    int current = int(rows + (t < longer));
+// Deals rows out evenly over the tiles, so that no tile is left with too few accumulators to hide the latency of an
+// FMA, and calls f(first, rows, tile) for each.
+template <class F>
+inline void for_each_tile(int64_t m, const F& f) {
+  const int64_t tiles = ceil_div(m, kTileRows);
+  if (tiles == 0) return;
+  int64_t rows = ceil_div(m, tiles), longer = m - (rows - 1) * tiles;
+  for (int64_t t = 0, first = 0; t < tiles; ++t) {
+    if (t == longer) --rows;
+    f(first, rows, t);
+    first += rows;
+  }
+}
+
+// C [m][lanes] (+)= A [m][k] · B [k][lanes] for any m and `vectors` vectors of lanes, at most kTileVectors.
+template <class T, bool Accumulate, class Step = Multiply, class Layout = Strided>
+inline void panel_product(int64_t m, int vectors, const TileArgs<T>& args) {
+  for_each_tile(m, [&](int64_t first, int64_t rows, int64_t) {
+    TileArgs<T> current = args;
+    current.a += first * Layout::template a_row<T, 1>(args);
+    current.c += first * args.c_stride;
     if (vectors == 2) {
-      call_tile<Step, T, 2, Accumulate>(current, args);
+      call_tile<Step, Layout, T, 2, Accumulate>(int(rows), current);
     } else {
-      call_tile<Step, T, 1, Accumulate>(current, args);
+      call_tile<Step, Layout, T, 1, Accumulate>(int(rows), current);
     }
-    args.a += current * args.a_row;
-    args.c += current * args.c_stride;
+  });
+}
+
+// A [rows][depth] in the order in which tiles read it: tile after tile, for each k the elements of its rows.
+template <class T>
+struct PackedMatrix {
+  T* data;
+  int64_t rows;
+  int64_t depth;
+
+  static int64_t size(int64_t rows, int64_t depth) { return ceil_div(rows, kTileRows) * kTileStride<T> * depth; }
+  T* tile(int64_t index) const { return data + index * kTileStride<T> * depth; }
+};
+
+// C [rows][kPanel] (+)= A [rows][first_k, first_k + k) · B [k][kPanel], at least for the first `rows` rows of A.
+template <class T, bool Accumulate>
+inline void packed_product(const PackedMatrix<T>& a, int64_t rows, int64_t first_k, int64_t k, int vectors, const T* b,
+                           T* c) {
+  constexpr int64_t W = kPanel<T>;
+  for_each_tile(a.rows, [&](int64_t first, int64_t count, int64_t tile) {
+    if (first >= rows) return;
+    const TileArgs<T> args{a.tile(tile) + first_k * kTileStride<T>, 0, 0, b, W, c + first * W, W, k};
+    if (vectors == 2) {
+      call_tile<Multiply, Packed, T, 2, Accumulate>(int(count), args);
+    } else {
+      call_tile<Multiply, Packed, T, 1, Accumulate>(int(count), args);
+    }
+  });
+}
+
+// One square of load_transposed: rows and columns beyond the given ones are zero and are not written.
+template <bool Full, class In>
+inline void load_square(const In* source, int64_t stride, int64_t rows, int64_t columns, Compute<In> factor,
+                        Compute<In>* target, int64_t target_stride) {
+  using T = Compute<In>;
+  constexpr int L = kLanes<T>;
+  Vec<T> block[L];
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) {
+    block[i] = load_first(source + (Full || i < rows ? i : 0) * stride, Full ? L : i < rows ? columns : 0) * factor;
+  }
+  transpose_step<T, 1>(block);
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) {
+    if (Full || i < columns) store(target + i * target_stride, block[i]);
+  }
+}
+
+// target[c][r] = factor · source[r][c] for rows [0, rows), widened. Whole vectors are written: beyond the rows, the next
+// ones as far as `readable` of them may be read, then zeros.
+template <class In>
+inline void load_transposed(const In* source, int64_t stride, int64_t rows, int64_t readable, int64_t columns,
+                            Compute<In> factor, Compute<In>* target, int64_t target_stride) {
+  constexpr int L = kLanes<Compute<In>>;
+  for (int64_t c = 0; c < columns; c += L) {
+    for (int64_t r = 0; r < rows; r += L) {
+      const In* corner = source + r * stride + c;
+      Compute<In>* to = target + c * target_stride + r;
+      if (readable - r >= L && columns - c >= L) {
+        load_square<true>(corner, stride, L, L, factor, to, target_stride);
+      } else {
+        load_square<false>(corner, stride, readable - r, columns - c, factor, to, target_stride);
+      }
+    }
+  }
+}
+
+// One square of store_transposed.
+template <bool Full, class Out>
+inline void store_square(const Compute<Out>* source, int64_t source_stride, Vec<Compute<Out>> factor, int64_t rows,
+                         int64_t columns, Out* target, int64_t stride) {
+  using T = Compute<Out>;
+  constexpr int L = kLanes<T>;
+  Vec<T> block[L];
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) {
+    block[i] = Full || i < columns ? load(source + i * source_stride) * factor : Vec<T>{};
+  }
+  transpose_step<T, 1>(block);
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) {
+    if (Full || i < rows) store_first(block[i], Full ? L : columns, target + i * stride);
+  }
+}
+
+// target[r][c] = factor[r] · source[c][r] for the rows [0, rows) that one vector holds, narrowed.
+template <class Out>
+inline void store_transposed(const Compute<Out>* source, int64_t source_stride, Vec<Compute<Out>> factor, int64_t rows,
+                             int64_t columns, Out* target, int64_t stride) {
+  constexpr int L = kLanes<Compute<Out>>;
+  for (int64_t c = 0; c < columns; c += L) {
+    if (rows >= L && columns - c >= L) {
+      store_square<true>(source + c * source_stride, source_stride, factor, L, L, target + c, stride);
+    } else {
+      store_square<false>(source + c * source_stride, source_stride, factor, rows, columns - c, target + c, stride);
+    }
+  }
+}
+
+// Packs A from its rows, source[row][k].
+template <class In>
+inline void pack_rows(const In* source, int64_t stride, const PackedMatrix<Compute<In>>& target) {
+  for_each_tile(target.rows, [&](int64_t first, int64_t rows, int64_t tile) {
+    load_transposed(source + first * stride, stride, rows, target.rows - first, target.depth, Compute<In>(1),
+                    target.tile(tile), kTileStride<Compute<In>>);
+  });
+}
+
+// Packs A from its columns, source[k][row]: a few of them at a time, for all tiles, since they may lie far apart.
+template <class In>
+inline void pack_columns(const In* source, int64_t stride, const PackedMatrix<Compute<In>>& target) {
+  using T = Compute<In>;
+  constexpr int64_t kStep = 16;
+  for (int64_t begin = 0; begin < target.depth; begin += kStep) {
+    const int64_t end = min64(begin + kStep, target.depth);
+    for_each_tile(target.rows, [&](int64_t first, int64_t rows, int64_t tile) {
+      for (int64_t r = 0; r < rows; r += kLanes<T>) {
+        T* column = target.tile(tile) + r;
+        for (int64_t k = begin; k < end; ++k) {
+          store(column + k * kTileStride<T>, load_first(source + k * stride + first + r, rows - r));
+        }
+      }
+    });
   }
 }
 
 // C (+)= A · B for any number of lanes, panel by panel; B and C are row-major and padded to whole vectors.
-template <class T, bool Accumulate>
+template <class T, bool Accumulate, class Layout = Strided>
 inline void product(int64_t m, int64_t lanes, TileArgs<T> args) {
   for (int64_t lane = 0; lane < lanes; lane += kPanel<T>) {
     int vectors = int(min64(ceil_div(lanes - lane, kLanes<T>), kTileVectors));
-    panel_product<T, Accumulate>(m, vectors, args);
+    panel_product<T, Accumulate, Multiply, Layout>(m, vectors, args);
     args.b += kPanel<T>;
     args.c += kPanel<T>;
   }

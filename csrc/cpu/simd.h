@@ -98,6 +98,30 @@ inline Vec<double> exp(Vec<double> x) {
   return result;
 }
 
+// log(x) for a sum of exponentials of which the largest is 1: x is 0 (then -inf), NaN, or from 1 up. With x = 2^n (1 + f),
+// 1 + f between sqrt(1/2) and sqrt(2), log(1 + f) = 2 atanh(s), s = f / (2 + f): the series in s^2 up to s^9, whose next
+// term is below a quarter of an ulp.
+inline Vec<float> log_of_sum(Vec<float> x) {
+  using I = Simd<float>::Int;
+  const I bits = (I)x, n = (bits - 0x3f3504f3) >> 23;
+  const Vec<float> f = (Vec<float>)(bits - (n << 23)) - 1.0f;
+  const Vec<float> s = f / (f + 2.0f), z = s * s;
+  Vec<float> p = splat(2.0f / 9);
+  p = p * z + 2.0f / 7;
+  p = p * z + 2.0f / 5;
+  p = p * z + 2.0f / 3;
+  // f - s (f - z p) is 2 s + s z p without the rounding of 2 s.
+  const Vec<float> log_of_f = f - s * (f - z * p);
+  const Vec<float> count = __builtin_convertvector(n, Vec<float>);
+  const Vec<float> result = count * 0.693145751953125f + (count * 1.42860682030941723e-6f + log_of_f);
+  return x == 0.0f ? splat(-kInfinity) : x == x ? result : x;
+}
+inline Vec<double> log_of_sum(Vec<double> x) {
+  Vec<double> result;
+  for (int lane = 0; lane < kLanes<double>; ++lane) result[lane] = ::log(x[lane]);
+  return result;
+}
+
 struct Half {
   uint16_t bits;
 };
@@ -225,6 +249,30 @@ inline void load_row(const In* source, int64_t count, Compute<In> factor, Comput
   for (; i < count; ++i) target[i] = factor * widen(source[i]);
 }
 
+// The first `count` elements, widened, and zero in the other lanes; memory beyond them is not read.
+template <class In>
+inline Vec<Compute<In>> load_first(const In* source, int64_t count) {
+  using T = Compute<In>;
+#if defined(__AVX512F__)
+  if constexpr (!__is_same(In, double)) {
+    const __mmask16 mask = count >= 16 ? __mmask16(~0) : __mmask16((1u << count) - 1);
+    if constexpr (__is_same(In, float)) {
+      return (Vec<T>)_mm512_maskz_loadu_ps(mask, source);
+    } else {
+      const __m256i packed = _mm256_maskz_loadu_epi16(mask, source);
+      if constexpr (__is_same(In, Half)) return (Vec<T>)_mm512_cvtph_ps(packed);
+      return (Vec<T>)_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(packed), 16));
+    }
+  }
+#endif
+  if constexpr (__is_same(In, T)) {
+    if (count >= kLanes<T>) return load(source);
+  }
+  T lanes[kLanes<T>] = {};
+  load_row(source, min64(count, kLanes<T>), T(1), lanes);
+  return load(lanes);
+}
+
 // target[i] = source[i], rounded to nearest even.
 template <class Out>
 inline void store_row(const Compute<Out>* source, int64_t count, Out* target) {
@@ -255,6 +303,24 @@ inline void store_row(const Compute<Out>* source, int64_t count, Out* target) {
       target[i] = narrow<Out>(source[i]);
     }
   }
+}
+
+// The first `count` lanes, rounded to nearest even; memory beyond them is not written.
+template <class Out>
+inline void store_first(Vec<Compute<Out>> value, int64_t count, Out* target) {
+  using T = Compute<Out>;
+#if defined(__AVX512F__)
+  if constexpr (__is_same(Out, float)) {
+    const __mmask16 mask = count >= 16 ? __mmask16(~0) : __mmask16((1u << count) - 1);
+    return _mm512_mask_storeu_ps(target, mask, (__m512)value);
+  }
+#endif
+  if constexpr (__is_same(Out, T)) {
+    if (count >= kLanes<T>) return store(target, value);
+  }
+  T lanes[kLanes<T>];
+  store(lanes, value);
+  store_row(lanes, min64(count, kLanes<T>), target);
 }
 
 // One exchange of the butterfly transpose: blocks of `Step` lanes are swapped across the diagonal of (low, high).
