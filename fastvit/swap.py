@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.torch_version import TorchVersion
 
-from fastvit.adapters import SwapTable, original_classes, registered
+from fastvit.adapters import TRANSFORMERS_NAME, SwapTable, original_classes, registered
 from fastvit.adapters.reasons import why_not_fused
 from fastvit.kernels.spec import Spec
 from fastvit.modules.fused import ADDED_ATTRIBUTES, FusedForward
@@ -30,8 +30,6 @@ LOOKS_LIKE_ONE = re.compile(r"attention|attn|patch_?embed|hybrid_?embed", re.IGN
 ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 # Modules whose names differ in such a number only share a line of the table.
 NUMBER = re.compile(r"(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])")
-# The name by which transformers' models can run our attention without a swap (fastvit.register_transformers).
-TRANSFORMERS_NAME = "fastvit"
 DERIVED = (
     "its class was made from the fused one after the swap (parametrize and fully_shard do so): take that back first"
 )

@@ -86,11 +86,8 @@ def hold_the_rule(model: nn.Module, x: Tensor, fused: int, ops: set[str]) -> flo
     """
     twin = copy.deepcopy(model)
     truth = forward_backward(copy.deepcopy(model).double(), x.double())
-    runs, before, kinds = (
-        torchs_paths(model, lambda: forward_backward(model, x)),
-        state(model),
-        [type(module) for module in model.modules()],
-    )
+    runs = torchs_paths(model, lambda: forward_backward(model, x))
+    before, kinds = state(model), [type(module) for module in model.modules()]
     assert swap(model).counts.get("fused", 0) == fused
     assert state(model) == before
     mine: dict[str, Tensor] = {}

@@ -96,7 +96,6 @@ def test_encoders_attend_fused_in_every_mode(options: dict[str, Any], call: str)
     with torch.no_grad():
         truth = {"output": exact(x.double(), **wide)}
         own = torchs_own(lambda: {"output": model(x, **call)})
-        own = max((own, {"output": model(x, **call)}), key=lambda r: (r["output"] - truth["output"]).abs().max())
         mine = {"output": fused(x, **call)}
         check(mine, truth, own, "inference")
         assert ops_run(lambda: fused(x, **call)) == {PACKED}

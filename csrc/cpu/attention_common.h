@@ -132,8 +132,8 @@ inline void for_each_run(int64_t keys, const F& f) {
   for (int64_t begin = 0; begin < keys; begin += kSumKeys) f(begin, min64(begin + kSumKeys, keys));
 }
 
-// Calls f(j, odd) for each j in [begin, end). What the even and what the odd ones add up stays in a register each, which
-// it does only because the compiler knows `odd`.
+// Calls f(j, odd) for each j in [begin, end). What the even and what the odd ones add up stays in a register each,
+// which it does only because the compiler knows `odd`.
 template <int Odd>
 struct Parity {
   static constexpr int value = Odd;
@@ -150,9 +150,8 @@ inline void for_each_pair(int64_t begin, int64_t end, const F& f) {
 template <class T>
 Vec<T> maximum_of_lanes(const T* scores, int64_t keys) {
   Vec<T> high[2] = {splat(T(-kInfinity)), splat(T(-kInfinity))};
-  for_each_pair(0, keys, [&](int64_t j, auto odd) {
-    high[odd.value] = maximum(load(scores + j * kPanel<T>), high[odd.value]);
-  });
+  for_each_pair(0, keys,
+                [&](int64_t j, auto odd) { high[odd.value] = maximum(load(scores + j * kPanel<T>), high[odd.value]); });
   return maximum(high[0], high[1]);
 }
 

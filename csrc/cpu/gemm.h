@@ -237,7 +237,7 @@ struct PackedMatrix {
 };
 
 // C [rows][kPanel] (+)= A [rows][first_k, first_k + k) · B [k][kPanel], at least for the first `rows` rows of A.
-template <class T, bool Accumulate>
+template <class T, bool Accumulate, class Step = Multiply>
 inline void packed_product(const PackedMatrix<T>& a, int64_t rows, int64_t first_k, int64_t k, int vectors, const T* b,
                            T* c) {
   constexpr int64_t W = kPanel<T>;
@@ -245,23 +245,24 @@ inline void packed_product(const PackedMatrix<T>& a, int64_t rows, int64_t first
     if (first >= rows) return;
     const TileArgs<T> args{a.tile(tile) + first_k * kTileStride<T>, 0, 0, b, W, c + first * W, W, k};
     if (vectors == 2) {
-      call_tile<Multiply, Packed, T, 2, Accumulate>(int(count), args);
+      call_tile<Step, Packed, T, 2, Accumulate>(int(count), args);
     } else {
-      call_tile<Multiply, Packed, T, 1, Accumulate>(int(count), args);
+      call_tile<Step, Packed, T, 1, Accumulate>(int(count), args);
     }
   });
 }
 
-// One square of load_transposed: rows and columns beyond the given ones are zero and are not written.
-template <bool Full, class In>
-inline void load_square(const In* source, int64_t stride, int64_t rows, int64_t columns, Compute<In> factor,
-                        Compute<In>* target, int64_t target_stride) {
+// target[c][r] = factor · row(r)[c], widened, for one vector of rows and one of columns: rows and columns beyond the
+// given ones are zero, and columns beyond them are not written.
+template <bool Full, class In, class F>
+[[gnu::always_inline]] inline void load_square(const F& row, int64_t rows, int64_t columns, Compute<In> factor,
+                                               Compute<In>* target, int64_t target_stride) {
   using T = Compute<In>;
   constexpr int L = kLanes<T>;
   Vec<T> block[L];
 #pragma GCC unroll 16
   for (int i = 0; i < L; ++i) {
-    block[i] = load_first(source + (Full || i < rows ? i : 0) * stride, Full ? L : i < rows ? columns : 0) * factor;
+    block[i] = load_first(row(Full || i < rows ? i : 0), Full ? L : i < rows ? columns : 0) * factor;
   }
   transpose_step<T, 1>(block);
 #pragma GCC unroll 16
@@ -270,8 +271,8 @@ inline void load_square(const In* source, int64_t stride, int64_t rows, int64_t 
   }
 }
 
-// target[c][r] = factor · source[r][c] for rows [0, rows), widened. Whole vectors are written: beyond the rows, the next
-// ones as far as `readable` of them may be read, then zeros.
+// target[c][r] = factor · source[r][c] for rows [0, rows), widened. Whole vectors are written: beyond the rows, the
+// next ones as far as `readable` of them may be read, then zeros.
 template <class In>
 inline void load_transposed(const In* source, int64_t stride, int64_t rows, int64_t readable, int64_t columns,
                             Compute<In> factor, Compute<In>* target, int64_t target_stride) {
@@ -279,11 +280,12 @@ inline void load_transposed(const In* source, int64_t stride, int64_t rows, int6
   for (int64_t c = 0; c < columns; c += L) {
     for (int64_t r = 0; r < rows; r += L) {
       const In* corner = source + r * stride + c;
+      const auto row = [&](int64_t i) { return corner + i * stride; };
       Compute<In>* to = target + c * target_stride + r;
       if (readable - r >= L && columns - c >= L) {
-        load_square<true>(corner, stride, L, L, factor, to, target_stride);
+        load_square<true, In>(row, L, L, factor, to, target_stride);
       } else {
-        load_square<false>(corner, stride, readable - r, columns - c, factor, to, target_stride);
+        load_square<false, In>(row, readable - r, columns - c, factor, to, target_stride);
       }
     }
   }
@@ -291,8 +293,9 @@ inline void load_transposed(const In* source, int64_t stride, int64_t rows, int6
 
 // One square of store_transposed.
 template <bool Full, class Out>
-inline void store_square(const Compute<Out>* source, int64_t source_stride, Vec<Compute<Out>> factor, int64_t rows,
-                         int64_t columns, Out* target, int64_t stride) {
+[[gnu::always_inline]] inline void store_square(const Compute<Out>* source, int64_t source_stride,
+                                                Vec<Compute<Out>> factor, int64_t rows, int64_t columns, Out* target,
+                                                int64_t stride) {
   using T = Compute<Out>;
   constexpr int L = kLanes<T>;
   Vec<T> block[L];

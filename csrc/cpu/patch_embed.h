@@ -1,7 +1,7 @@
 // Patch embedding as an implicit matrix product: patches are gathered from the image block by block, never as a whole.
 //
 // With X [tokens][K] the patches, W [D][K] the weight and Y [tokens][D] the tokens:
-//   forward          Y  = X W^T + b    X broadcast as gathered, W transposed once per task
+//   forward          Y  = X W^T + b    X packed as gathered, W transposed once per task
 //   backward weight  dW = dY^T X       dY broadcast in place, X as gathered
 //   backward images  dX = dY W         dY broadcast in place, the result scattered without overlap
 // On a processor with AMX bfloat16 has a form of its own (patch_embed_tiles.h). With AVX512-BF16 alone the forward
@@ -25,8 +25,9 @@ struct Split {
   int64_t length(int64_t part) const { return min64(size, total - part * size); }
 };
 
-constexpr int64_t kWeightRows = 192;    // rows of W per forward task: 192 · 768 · 4 bytes fit the second-level cache
+constexpr int64_t kWeightRows = 384;    // rows of W per forward task: 192 · 768 · 4 bytes fit the second-level cache
 constexpr int64_t kForwardTokens = 56;  // tokens per forward task: four full tiles, whose patches stay in cache
+constexpr int64_t kSquareRun = 4;       // pixels of a run from which on it is transposed as it is gathered
 constexpr int64_t kPatchColumns = 64;   // columns of X or W per backward task
 constexpr int64_t kTokenRows = 256;     // tokens per step of the backward tasks
 
@@ -165,10 +166,10 @@ class PatchEmbed {
     const Split tokens = forward_tokens(), rows = forward_rows();
     constexpr int64_t kPerUnit = int64_t(sizeof(T) / sizeof(Element));
     const int64_t units = size_ / kPerUnit, padded = round_up(units, L);
-    T *patches, *weight_rows, *weight, *results, *bias;
+    T *patches, *gathered, *weight, *results, *bias;
     auto allocate = [&](Arena& arena) {
-      patches = arena.take<T>(tokens.size * units);
-      weight_rows = arena.take<T>(L * padded);
+      patches = arena.take<T>(PackedMatrix<T>::size(tokens.size, units));
+      gathered = arena.take<T>(max64(kTileRows, L) * padded);
       weight = arena.take<T>(rows.size * padded);
       results = arena.take<T>(tokens.size * W);
       bias = arena.take<T>(rows.size);
@@ -180,40 +181,48 @@ class PatchEmbed {
       const int64_t first = tokens.begin(part), count = tokens.length(part);
       const int64_t row = rows.begin(row_part), num_rows = rows.length(row_part);
       if (row_part != loaded) {
-        transpose_weight<Element>(row, num_rows, units, weight_rows, weight);
+        transpose_weight<Element>(row, num_rows, units, gathered, weight);
         for (int64_t d = 0; d < num_rows; ++d) bias[d] = bias_ == nullptr ? T(0) : T(widen(bias_[row + d]));
         for (int64_t d = num_rows; d < rows.size; ++d) bias[d] = 0;
         loaded = row_part;
       }
-      gather(first, count, 0, size_, reinterpret_cast<Element*>(patches), size_);
+      const PackedMatrix<T> packed{patches, count, units};
+      for_each_tile(count, [&](int64_t from, int64_t length, int64_t tile) {
+        if constexpr (kPerUnit == 1) {
+          if (p_.width_stride == 1 && p_.patch_width >= kSquareRun) {
+            return gather_transposed(first + from, length, packed.tile(tile), kTileStride<T>);
+          }
+        }
+        gather(first + from, length, 0, size_, reinterpret_cast<Element*>(gathered), padded * kPerUnit);
+        load_transposed(gathered, padded, length, length, units, T(1), packed.tile(tile), kTileStride<T>);
+      });
       for (int64_t d = 0; d < num_rows; d += W) {
         const int64_t lanes = min64(W, num_rows - d);
         const int vectors = int(ceil_div(lanes, L));
-        panel_product<T, false, Step>(count, vectors, {patches, units, 1, weight + d * padded, W, results, W, units});
-        for (int64_t t = 0; t < count; ++t) {
+        packed_product<T, false, Step>(packed, count, 0, units, vectors, weight + d * padded, results);
+        for_each_token(first, count, [&](int64_t t, In*, In* token) {
           for (int v = 0; v < vectors; ++v) {
-            store(results + t * W + v * L, load(results + t * W + v * L) + load(bias + d + v * L));
+            store_first(load(results + t * W + v * L) + load(bias + d + v * L), lanes - v * L, token + row + d + v * L);
           }
-          store_row(results + t * W, lanes, token(first + t) + row + d);
-        }
+        });
       }
     }
   }
 
-  // W [rows][K] → panels of [K][W] units, zero beyond the rows.
+  // W [rows][K] → panels of [K][W] units, zero beyond the rows. `pairs` is scratch for L rows of bfloat16 pairs.
   template <class Element>
-  void transpose_weight(int64_t first, int64_t count, int64_t units, T* rows, T* panels) const {
+  void transpose_weight(int64_t first, int64_t count, int64_t units, T* pairs, T* panels) const {
     const int64_t padded = round_up(units, L);
-    for (int64_t d = 0; d < round_up(count, L); d += L) {
-      for (int64_t i = 0; i < L; ++i) {
-        T* row = rows + i * padded;
-        const int64_t filled = d + i < count ? units : 0;
-        const In* source = weight_ + (first + d + i) * size_;
-        if (filled > 0) copy_run(source, size_, reinterpret_cast<Element*>(row));
-        for (int64_t k = filled; k < padded; ++k) row[k] = 0;
-      }
+    for (int64_t d = 0; d < count; d += L) {
       T* panel = panels + d / W * W * padded + d % W;
-      transpose(rows, padded, L, padded, panel, W);
+      const In* source = weight_ + (first + d) * size_;
+      const int64_t rows = min64(L, count - d);
+      if constexpr (__is_same(Element, T)) {
+        load_transposed(source, size_, rows, count - d, units, T(1), panel, W);
+      } else {
+        for (int64_t i = 0; i < rows; ++i) __builtin_memcpy(pairs + i * padded, source + i * size_, size_t(units) * 4);
+        load_transposed(pairs, padded, rows, rows, units, T(1), panel, W);
+      }
     }
   }
 
@@ -229,26 +238,34 @@ class PatchEmbed {
     return tokens_ + index / per_image_ * p_.token_batch_stride + index % per_image_ * p_.token_stride;
   }
 
-  // The first pixel of the token's patch.
-  In* corner(int64_t index) const {
-    const int64_t image = index / per_image_, cell = index % per_image_;
-    return images_ + image * p_.image_stride + cell / p_.columns * p_.patch_height * p_.height_stride +
-           cell % p_.columns * p_.patch_width * p_.width_stride;
+  // Calls f(t, corner, token) for the tokens first + t, t in [0, count): the first pixel of its patch, and the token.
+  template <class F>
+  void for_each_token(int64_t first, int64_t count, const F& f) const {
+    int64_t image = first / per_image_, cell = first % per_image_;
+    int64_t y = cell / p_.columns, x = cell % p_.columns;
+    for (int64_t t = 0; t < count; ++t) {
+      f(t,
+        images_ + image * p_.image_stride + y * p_.patch_height * p_.height_stride +
+            x * p_.patch_width * p_.width_stride,
+        tokens_ + image * p_.token_batch_stride + cell * p_.token_stride);
+      ++cell;
+      if (++x < p_.columns) continue;
+      x = 0;
+      if (++y < p_.rows) continue;
+      y = cell = 0;
+      ++image;
+    }
   }
 
-  // Calls f(pixels, t, offset, run) for each token [first, first + count) and each run of pixels in columns
-  // [column, column + num_columns) of its patch. The tokens are the inner loop: theirs are neighbouring pixels of one
-  // image row, which is the order in which memory is read ahead.
+  // Calls f(pixel, offset, run) for each run of neighbouring pixels in columns [column, column + num_columns) of a
+  // patch: where it begins, from the corner of the patch and from the first column, and its length.
   template <class F>
-  void for_each_run(int64_t first, int64_t count, int64_t column, int64_t num_columns, const F& f) const {
-    In* corners[kTokenRows];
-    for (int64_t t = 0; t < count; ++t) corners[t] = corner(first + t);
+  void for_each_run(int64_t column, int64_t num_columns, const F& f) const {
     int64_t x = column % p_.patch_width, y = column / p_.patch_width % p_.patch_height;
     int64_t channel = column / (p_.patch_width * p_.patch_height);
     for (int64_t offset = 0; offset < num_columns;) {
       const int64_t run = min64(p_.patch_width - x, num_columns - offset);
-      const int64_t pixel = channel * p_.channel_stride + y * p_.height_stride + x * p_.width_stride;
-      for (int64_t t = 0; t < count; ++t) f(corners[t] + pixel, t, offset, run);
+      f(channel * p_.channel_stride + y * p_.height_stride + x * p_.width_stride, offset, run);
       offset += run;
       x = 0;
       if (++y == p_.patch_height) {
@@ -256,6 +273,17 @@ class PatchEmbed {
         ++channel;
       }
     }
+  }
+
+  // Calls f(pixels, t, offset, run) for each token [first, first + count) and each run of its patch. The tokens are the
+  // inner loop: theirs are neighbouring pixels of one image row, which is the order in which memory is read ahead.
+  template <class F>
+  void for_each_token_run(int64_t first, int64_t count, int64_t column, int64_t num_columns, const F& f) const {
+    In* corners[kTokenRows];
+    for_each_token(first, count, [&](int64_t t, In* corner, In*) { corners[t] = corner; });
+    for_each_run(column, num_columns, [&](int64_t pixel, int64_t offset, int64_t run) {
+      for (int64_t t = 0; t < count; ++t) f(corners[t] + pixel, t, offset, run);
+    });
   }
 
   // Copies, or widens, a run of elements. Runs are as short as a patch is wide: no call, and whole vectors while they
@@ -276,16 +304,31 @@ class PatchEmbed {
   template <class Element>
   void gather(int64_t first, int64_t count, int64_t column, int64_t num_columns, Element* target,
               int64_t target_stride) const {
-    for_each_run(first, count, column, num_columns, [&](const In* pixels, int64_t t, int64_t offset, int64_t run) {
-      Element* row = target + t * target_stride + offset;
-      if (p_.width_stride == 1) return copy_run(pixels, run, row);
-      for (int64_t i = 0; i < run; ++i) copy_run(pixels + i * p_.width_stride, 1, row + i);
+    for_each_token_run(first, count, column, num_columns,
+                       [&](const In* pixels, int64_t t, int64_t offset, int64_t run) {
+                         Element* row = target + t * target_stride + offset;
+                         if (p_.width_stride == 1) return copy_run(pixels, run, row);
+                         for (int64_t i = 0; i < run; ++i) copy_run(pixels + i * p_.width_stride, 1, row + i);
+                       });
+  }
+
+  // Gathers the whole patches of consecutive tokens, at most a tile of them, one token per column.
+  void gather_transposed(int64_t first, int64_t count, T* target, int64_t target_stride) const {
+    const In* corners[kTileStride<T>];
+    for_each_token(first, count, [&](int64_t t, In* corner, In*) { corners[t] = corner; });
+    for_each_run(0, size_, [&](int64_t pixel, int64_t offset, int64_t run) {
+      for (int64_t c = 0; c < run; c += L) {
+        for (int64_t r = 0; r < count; r += L) {
+          load_square<false, In>([&](int64_t t) { return corners[r + t] + pixel + c; }, count - r, run - c, T(1),
+                                 target + (offset + c) * target_stride + r, target_stride);
+        }
+      }
     });
   }
 
   void scatter(const T* source, int64_t source_stride, int64_t first, int64_t count, int64_t column,
                int64_t num_columns) const {
-    for_each_run(first, count, column, num_columns, [&](In* pixels, int64_t t, int64_t offset, int64_t run) {
+    for_each_token_run(first, count, column, num_columns, [&](In* pixels, int64_t t, int64_t offset, int64_t run) {
       const T* row = source + t * source_stride + offset;
       if (p_.width_stride == 1) return store_row(row, run, pixels);
       for (int64_t i = 0; i < run; ++i) store_row(row + i, 1, pixels + i * p_.width_stride);

@@ -170,10 +170,10 @@ class PatchEmbedTiles : public PatchEmbed<BFloat16> {
   void gather_patches(int64_t first, int64_t count, int64_t column, int64_t num_columns, BFloat16* target,
                       int64_t stride) const {
     const auto with = [&](const auto& copy) {
-      for_each_run(first, count, column, num_columns,
-                   [&](const BFloat16* pixels, int64_t t, int64_t offset, int64_t run) {
-                     copy(pixels, run, target + t * stride + offset);
-                   });
+      for_each_token_run(first, count, column, num_columns,
+                         [&](const BFloat16* pixels, int64_t t, int64_t offset, int64_t run) {
+                           copy(pixels, run, target + t * stride + offset);
+                         });
     };
     const bool whole = column % p_.patch_width == 0 && num_columns % p_.patch_width == 0;
     if (p_.width_stride != 1) {

@@ -71,8 +71,8 @@ inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 constexpr float kInfinity = __builtin_inff();
 
-// exp(x) for x <= 88; exactly 0 below -87.33 (so for -inf), NaN for NaN. Cody-Waite reduction to |r| <= ln2/2, and there
-// the polynomial of degree 6 with the least relative error (Remez, 1 + r given): 3.1e-9, a twentieth of an ulp.
+// exp(x) for x <= 88; exactly 0 below -87.33 (so for -inf), NaN for NaN. Cody-Waite reduction to |r| <= ln2/2, and
+// there the polynomial of degree 6 with the least relative error (Remez, 1 + r given): 3.1e-9, a twentieth of an ulp.
 inline Vec<float> exp(Vec<float> x) {
   using I = Simd<float>::Int;
   const Vec<float> magic = splat(12582912.0f);  // 1.5·2^23: adding it leaves the nearest integer in the low bits
@@ -101,9 +101,9 @@ inline Vec<double> exp(Vec<double> x) {
   return result;
 }
 
-// log(x) for a sum of exponentials of which the largest is 1: x is 0 (then -inf), NaN, or from 1 up. With x = 2^n (1 + f),
-// 1 + f between sqrt(1/2) and sqrt(2), log(1 + f) = 2 atanh(s), s = f / (2 + f): the series in s^2 up to s^9, whose next
-// term is below a quarter of an ulp.
+// log(x) for a sum of exponentials of which the largest is 1: x is 0 (then -inf), NaN, or from 1 up. With x = 2^n (1 +
+// f), 1 + f between sqrt(1/2) and sqrt(2), log(1 + f) = 2 atanh(s), s = f / (2 + f): the series in s^2 up to s^9, whose
+// next term is below a quarter of an ulp.
 inline Vec<float> log_of_sum(Vec<float> x) {
   using I = Simd<float>::Int;
   const I bits = (I)x, n = (bits - 0x3f3504f3) >> 23;
@@ -263,8 +263,8 @@ inline Vec<Compute<In>> load_first(const In* source, int64_t count) {
       return (Vec<T>)_mm512_maskz_loadu_ps(mask, source);
     } else {
       const __m256i packed = _mm256_maskz_loadu_epi16(mask, source);
-      if constexpr (__is_same(In, Half)) return (Vec<T>)_mm512_cvtph_ps(packed);
-      return (Vec<T>)_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(packed), 16));
+      if constexpr (__is_same(In, Half)) return (Vec<T>)_mm512_maskz_cvtph_ps(mask, packed);
+      return (Vec<T>)_mm512_maskz_slli_epi32(mask, _mm512_maskz_cvtepu16_epi32(mask, packed), 16);
     }
   }
 #endif
@@ -328,7 +328,7 @@ inline void store_first(Vec<Compute<Out>> value, int64_t count, Out* target) {
 
 // One exchange of the butterfly transpose: blocks of `Step` lanes are swapped across the diagonal of (low, high).
 template <class T, int Step>
-inline void exchange(Vec<T>& low, Vec<T>& high) {
+[[gnu::always_inline]] inline void exchange(Vec<T>& low, Vec<T>& high) {
   using I = typename Simd<T>::Int;
   I first, second;
   for (int lane = 0; lane < kLanes<T>; ++lane) {
@@ -340,8 +340,9 @@ inline void exchange(Vec<T>& low, Vec<T>& high) {
   low = upper;
 }
 
+// Inlined, always: its rows live in registers.
 template <class T, int Step>
-inline void transpose_step(Vec<T> (&rows)[kLanes<T>]) {
+[[gnu::always_inline]] inline void transpose_step(Vec<T> (&rows)[kLanes<T>]) {
   if constexpr (Step < kLanes<T>) {
 #pragma GCC unroll 16
     for (int row = 0; row < kLanes<T>; ++row) {

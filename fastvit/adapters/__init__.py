@@ -25,6 +25,9 @@ ADAPTERS = {
     "transformers.modeling_utils": "fastvit.adapters.transformers_models",
 }
 
+# The name by which transformers' models can run our attention without a swap (fastvit.register_transformers).
+TRANSFORMERS_NAME = "fastvit"
+
 SwapTable = dict[type[nn.Module], type[FusedForward]]
 
 _FUSED: SwapTable = {}

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from fastvit.adapters import register_swap
 from fastvit.adapters.timm_vit import TimmAttentionForward
-from fastvit.kernels.spec import MAX_HEAD_DIM, AttentionSpec
+from fastvit.kernels.spec import AttentionSpec
 from fastvit.modules.attention import FusedAttentionForward
-from fastvit.modules.fused import has_own_forward, strangers
 
 LATENT_PARTS = frozenset({"latent", "pos_embed", "q", "kv", "q_norm", "k_norm", "proj", "proj_drop", "norm", "mlp"})
 CLASS_PARTS = frozenset({"q", "k", "v", "attn_drop", "proj", "proj_drop"})
@@ -79,19 +78,11 @@ class FusedAttentionPoolLatent(FusedAttentionForward, AttentionPoolLatent):
 class FusedClassAttn(TimmAttentionForward, ClassAttn):
     """timm.models.cait.ClassAttn after a swap: the class token alone looks at all tokens."""
 
+    fastvit_parts = CLASS_PARTS
+    fastvit_needs = ("q", "k", "v", "proj", "num_heads")
     q: Any
     k: Any
     v: Any
-
-    @classmethod
-    def fastvit_obstacles(cls, module: nn.Module) -> list[str]:
-        """Return why ``module`` cannot take this forward at all; empty means that it can."""
-        obstacles = ["its forward was replaced on the instance"] if has_own_forward(module) else []
-        if unknown := strangers(module, CLASS_PARTS):
-            obstacles.append(f"it has parts that fastvit does not know: {', '.join(unknown)}")
-        elif (head_dim := cls.fastvit_head_dim(module)) > MAX_HEAD_DIM:
-            obstacles.append(f"head_dim {head_dim}: at most {MAX_HEAD_DIM}")
-        return obstacles
 
     @classmethod
     def fastvit_head_dim(cls, module: nn.Module) -> int:

@@ -17,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
+from fastvit.adapters import TRANSFORMERS_NAME
 from fastvit.kernels.spec import MAX_HEAD_DIM
 from fastvit.modules.fused import FusedForward
 from fastvit.ops import attention
@@ -27,7 +28,6 @@ try:
 except ImportError:
     _active_collector = None  # type: ignore[assignment]
 
-NAME = "fastvit"
 EAGER, SDPA = "eager", "sdpa"
 # What changes the scores or the choice of keys, and what torch's SDPA cannot do either: no other way to run the call.
 REFUSED = ("softcap", "s_aux", "sinks", "indices", "block_indices")
@@ -37,9 +37,9 @@ LEFT_TO_SDPA = ("position_bias", "cache")
 
 def register() -> None:
     """Make ``attn_implementation="fastvit"`` a name that every transformers model knows, with SDPA's masks."""
-    AttentionInterface.register(NAME, attention_forward)
+    AttentionInterface.register(TRANSFORMERS_NAME, attention_forward)
     # Without a mask function of its own name a model drops its padding masks, silently.
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(TRANSFORMERS_NAME, sdpa_mask)
 
 
 def attention_forward(
@@ -73,7 +73,9 @@ def attention_forward(
     Source: transformers 5.23, integrations/sdpa_attention.py for names and meaning.
     """
     if refused := [name for name in REFUSED if kwargs.get(name) is not None]:
-        raise ValueError(f"{refused[0]}: attn_implementation='{NAME}' does not support it; accepted is None")
+        raise ValueError(
+            f"{refused[0]}: attn_implementation='{TRANSFORMERS_NAME}' does not support it; accepted is None"
+        )
     implementation = _implementation(module)
     causal = False
     # A statement, not an operand: the length may be symbolic, and the op takes a bool. Eager attention knows no flag.
@@ -100,7 +102,7 @@ def attention_forward(
 def _implementation(module: nn.Module) -> str:
     """Return whose meaning the masks of this module have: "eager" or "sdpa"."""
     # Under the public name the model makes SDPA's masks.
-    name = getattr(module.__dict__.get("config"), "_attn_implementation", NAME)
+    name = getattr(module.__dict__.get("config"), "_attn_implementation", TRANSFORMERS_NAME)
     return EAGER if name in (None, EAGER) else SDPA
 
 
