@@ -49,9 +49,10 @@ def test_an_instruction_set_shares_no_function_with_another(tmp_path: Path) -> N
     target = tmp_path / "kernels.o"
     command = [compiler, "-std=c++20", "-O1", "-DFASTVIT_CAPABILITY=baseline", "-c", ROOT / "csrc/cpu/kernels.cpp"]
     subprocess.run([*command, "-o", target], check=True)
-    listed = subprocess.run([nm, "-C", "--defined-only", target], capture_output=True, text=True, check=True).stdout
+    # Mangled: nm gives up on the longest names.
+    listed = subprocess.run([nm, "--defined-only", target], capture_output=True, text=True, check=True).stdout
     names = [line.split(maxsplit=2)[2] for line in listed.splitlines() if line.split()[1] in "TWVuBD"]
-    shared = [name for name in names if "fastvit::cpu::baseline::" not in name and not name.startswith("DW.ref")]
+    shared = [name for name in names if "7fastvit3cpu8baseline" not in name and not name.startswith("DW.ref")]
     assert any("attention_forward" in name for name in names)
     assert shared == []
 

@@ -67,6 +67,13 @@ struct Packed {
   }
 };
 
+// One tile of A packed like that, B in any rows.
+struct PackedTile : Packed {
+  template <class T>
+  static int64_t b_stride(const TileArgs<T>& args) {
+    return args.b_stride;
+  }
+};
 // A the transpose of rows of kPanel, as scores are.
 struct Lanes {
   template <class T, int Rows>
@@ -352,11 +359,11 @@ inline void pack_columns(const In* source, int64_t stride, const PackedMatrix<Co
 }
 
 // C (+)= A · B for any number of lanes, panel by panel; B and C are row-major and padded to whole vectors.
-template <class T, bool Accumulate, class Layout = Strided>
+template <class T, bool Accumulate, class Layout = Strided, class Step = Multiply>
 inline void product(int64_t m, int64_t lanes, TileArgs<T> args) {
   for (int64_t lane = 0; lane < lanes; lane += kPanel<T>) {
     int vectors = int(min64(ceil_div(lanes - lane, kLanes<T>), kTileVectors));
-    panel_product<T, Accumulate, Multiply, Layout>(m, vectors, args);
+    panel_product<T, Accumulate, Step, Layout>(m, vectors, args);
     args.b += kPanel<T>;
     args.c += kPanel<T>;
   }

@@ -25,11 +25,16 @@ struct Split {
   int64_t length(int64_t part) const { return min64(size, total - part * size); }
 };
 
-constexpr int64_t kWeightRows = 384;    // rows of W per forward task: 192 · 768 · 4 bytes fit the second-level cache
+// Rows of W per forward task: each further part gathers the patches again. 384 · 768 · 4 bytes are 1.2 MB, read at two
+// bytes per cycle.
+constexpr int64_t kWeightRows = 384;
 constexpr int64_t kForwardTokens = 56;  // tokens per forward task: four full tiles, whose patches stay in cache
 constexpr int64_t kSquareRun = 4;       // pixels of a run from which on it is transposed as it is gathered
-constexpr int64_t kPatchColumns = 64;   // columns of X or W per backward task
-constexpr int64_t kTokenRows = 256;     // tokens per step of the backward tasks
+constexpr int64_t kPatchColumns = 64;   // columns of W per task of the gradient of the images
+// Columns and rows of dW per task: each further column part reads dY again, each further row part gathers X again.
+constexpr int64_t kGradientColumns = 192;
+constexpr int64_t kGradientRows = 256;
+constexpr int64_t kTokenRows = 256;  // tokens per step of the backward tasks
 
 #if defined(__AVX512BF16__)
 constexpr bool kHasPairs = true;
@@ -60,8 +65,8 @@ class PatchEmbed {
   Split forward_rows() const { return {p_.embed_dim, kWeightRows, W}; }
   Split token_steps() const { return {num_tokens(), kTokenRows, 1}; }
   Split columns() const { return {size_, kPatchColumns, W}; }
-  // One part while its accumulators fit the second-level cache: each further part gathers the patches again.
-  Split gradient_rows() const { return {p_.embed_dim, 768, L}; }
+  Split gradient_columns() const { return {size_, kGradientColumns, W}; }
+  Split gradient_rows() const { return {p_.embed_dim, kGradientRows, L}; }
 
   void forward(int64_t begin, int64_t end) {
     if constexpr (kHasPairs && __is_same(In, BFloat16)) {
@@ -72,15 +77,13 @@ class PatchEmbed {
   }
 
   void backward_weight(int64_t begin, int64_t end) {
-    const Split cols = columns(), rows = gradient_rows(), steps = token_steps();
+    const Split cols = gradient_columns(), rows = gradient_rows(), steps = token_steps();
     const int64_t width = round_up(cols.size, L);
-    T *patches, *grad_tokens = nullptr, *grad_weight;
+    T *patches, *grads, *grad_weight;
     double* grad_bias;
-    // Tokens of all images evenly spaced: the gradient is read where it lies.
-    const bool in_place = __is_same(In, T) && p_.token_batch_stride == per_image_ * p_.token_stride;
     auto allocate = [&](Arena& arena) {
       patches = arena.take<T>(steps.size * width);
-      if (!in_place) grad_tokens = arena.take<T>(steps.size * rows.size);
+      grads = arena.take<T>(steps.size * kTileStride<T>);
       grad_weight = arena.take<T>(rows.size * width);
       grad_bias = arena.take<double>(rows.size);
     };
@@ -94,21 +97,23 @@ class PatchEmbed {
       for (int64_t step = 0; step < steps.count; ++step) {
         const int64_t first = steps.begin(step), count = steps.length(step);
         gather(first, count, column, num_columns, patches, width);
-        for (int64_t t = 0; t < count; ++t) {
+        const In* sources[kTokenRows];
+        for_each_token(first, count, [&](int64_t t, In*, In* token) {
+          sources[t] = token + row;
           for (int64_t k = num_columns; k < width; ++k) patches[t * width + k] = 0;
-          const In* source = token(first + t) + row;
-          if (!in_place) load_row(source, num_rows, T(1), grad_tokens + t * num_rows);
           // In double: a plain float sum over all tokens would lose digits that torch's pairwise sum keeps.
-          if (part == 0) {
-            for (int64_t d = 0; d < num_rows; ++d) grad_bias[d] += double(widen(source[d]));
+          if (part > 0) return;
+          for (int64_t d = 0; d < num_rows; ++d) grad_bias[d] += double(widen(sources[t][d]));
+        });
+        for_each_tile(num_rows, [&](int64_t d, int64_t length, int64_t) {
+          for (int64_t t = 0; t < count; ++t) {
+            for (int64_t r = 0; r < length; r += L) {
+              store(grads + t * kTileStride<T> + r, load_first(sources[t] + d + r, length - r));
+            }
           }
-        }
-        Matrix grads{grad_tokens, num_rows};
-        if constexpr (__is_same(In, T)) {
-          if (in_place) grads = {token(first) + row, p_.token_stride};
-        }
-        product<T, true>(num_rows, num_columns,
-                         {grads.data, 1, grads.stride, patches, width, grad_weight, width, count});
+          product<T, true, PackedTile>(length, num_columns,
+                                       {grads, 0, 0, patches, width, grad_weight + d * width, width, count});
+        });
       }
       for (int64_t d = 0; d < num_rows; ++d) {
         store_row(grad_weight + d * width, num_columns, weight_ + (row + d) * size_ + column);

@@ -32,7 +32,7 @@ struct PatchEmbedForm<BFloat16> {
   }
 
 FASTVIT_PATCH_EMBED_KERNEL(forward, op.forward_tokens().count* op.forward_rows().count)
-FASTVIT_PATCH_EMBED_KERNEL(backward_weight, op.columns().count* op.gradient_rows().count)
+FASTVIT_PATCH_EMBED_KERNEL(backward_weight, op.gradient_columns().count* op.gradient_rows().count)
 FASTVIT_PATCH_EMBED_KERNEL(backward_images, op.columns().count* op.token_steps().count)
 #undef FASTVIT_PATCH_EMBED_KERNEL
 

@@ -72,6 +72,7 @@ class PatchEmbedTiles : public PatchEmbed<BFloat16> {
   // Sums of a task, and its operands for one step of tokens, in the second-level cache.
   Split token_steps() const { return {num_tokens(), kTokenRows, kTilePanel}; }
   Split columns() const { return {size_, 192, kTilePanel}; }
+  Split gradient_columns() const { return columns(); }
   Split gradient_rows() const { return {p_.embed_dim, 256, kTilePanel}; }
 
   void backward_weight(int64_t begin, int64_t end) {
