@@ -252,6 +252,13 @@ inline void load_row(const In* source, int64_t count, Compute<In> factor, Comput
   for (; i < count; ++i) target[i] = factor * widen(source[i]);
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// All bits set in lanes [0, count).
+inline __m256i first_lanes_mask(int64_t count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(min64(count, 8))), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+#endif
+
 // The first `count` elements, widened, and zero in the other lanes; memory beyond them is not read.
 template <class In>
 inline Vec<Compute<In>> load_first(const In* source, int64_t count) {
@@ -271,31 +278,39 @@ inline Vec<Compute<In>> load_first(const In* source, int64_t count) {
   if constexpr (__is_same(In, T)) {
     if (count >= kLanes<T>) return load(source);
   }
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if constexpr (__is_same(In, float)) return (Vec<T>)_mm256_maskload_ps(source, first_lanes_mask(count));
+#endif
   T lanes[kLanes<T>] = {};
   load_row(source, min64(count, kLanes<T>), T(1), lanes);
   return load(lanes);
 }
+
+#if defined(__AVX512F__)
+// 16 elements of 16 bits, rounded to nearest even.
+template <class Out>
+inline __m256i narrow_lanes(__m512 wide) {
+  if constexpr (__is_same(Out, Half)) {
+    return _mm512_cvtps_ph(wide, _MM_FROUND_TO_NEAREST_INT);
+  } else {
+    const __m512i bits = _mm512_castps_si512(wide);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(wide, wide, _CMP_UNORD_Q);
+    rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+  }
+}
+#endif
 
 // target[i] = source[i], rounded to nearest even.
 template <class Out>
 inline void store_row(const Compute<Out>* source, int64_t count, Out* target) {
   int64_t i = 0;
 #if defined(__AVX512F__)
-  if constexpr (__is_same(Out, Half)) {
+  if constexpr (sizeof(Out) == 2) {
     for (; i + 16 <= count; i += 16) {
-      __m256i packed = _mm512_cvtps_ph(_mm512_loadu_ps(source + i), _MM_FROUND_TO_NEAREST_INT);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(target + i), packed);
-    }
-  } else if constexpr (__is_same(Out, BFloat16)) {
-    for (; i + 16 <= count; i += 16) {
-      __m512 wide = _mm512_loadu_ps(source + i);
-      __m512i bits = _mm512_castps_si512(wide);
-      __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-      __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-      __mmask16 nan = _mm512_cmp_ps_mask(wide, wide, _CMP_UNORD_Q);
-      rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
-      __m256i packed = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(target + i), packed);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(target + i), narrow_lanes<Out>(_mm512_loadu_ps(source + i)));
     }
   }
 #endif
@@ -313,14 +328,23 @@ template <class Out>
 inline void store_first(Vec<Compute<Out>> value, int64_t count, Out* target) {
   using T = Compute<Out>;
 #if defined(__AVX512F__)
-  if constexpr (__is_same(Out, float)) {
+  if constexpr (!__is_same(Out, double)) {
     const __mmask16 mask = count >= 16 ? __mmask16(~0) : __mmask16((1u << count) - 1);
-    return _mm512_mask_storeu_ps(target, mask, (__m512)value);
+    if constexpr (__is_same(Out, float)) {
+      return _mm512_mask_storeu_ps(target, mask, (__m512)value);
+    } else {
+      return _mm256_mask_storeu_epi16(target, mask, narrow_lanes<Out>((__m512)value));
+    }
   }
 #endif
   if constexpr (__is_same(Out, T)) {
     if (count >= kLanes<T>) return store(target, value);
   }
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if constexpr (__is_same(Out, float)) {
+    return _mm256_maskstore_ps(target, first_lanes_mask(count), (__m256)value);
+  }
+#endif
   T lanes[kLanes<T>];
   store(lanes, value);
   store_row(lanes, min64(count, kLanes<T>), target);
