@@ -7,7 +7,7 @@
 #pragma once
 
 #include "arena.h"
-#include "gemm.h"
+#include "pack.h"
 
 namespace fastvit::cpu::FASTVIT_CAPABILITY {
 

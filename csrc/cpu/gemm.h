@@ -1,7 +1,7 @@
 // The one matrix-product tile on which both ops stand: C[rows][lanes] (+)= A[rows][k] · B[k][lanes].
 //
 // A is read one element at a time and broadcast: by any two strides, so that a row-major operand serves as itself or as
-// its transpose without a copy, or packed as the tiles read it. B and C are rows of vectors.
+// its transpose without a copy, or packed as the tiles read it (pack.h). B and C are rows of vectors.
 #pragma once
 
 #include "simd.h"
@@ -51,7 +51,7 @@ struct Strided {
     return args.b_stride;
   }
 };
-// A as `pack_rows` and `pack_columns` leave it, B in rows of kPanel.
+// A as it is packed by pack.h, B in rows of kPanel.
 struct Packed {
   template <class T, int Rows>
   static constexpr int64_t a_row(const TileArgs<T>&) {
@@ -66,7 +66,6 @@ struct Packed {
     return kPanel<T>;
   }
 };
-
 // One tile of A packed like that, B in any rows.
 struct PackedTile : Packed {
   template <class T>
@@ -230,132 +229,6 @@ inline void panel_product(int64_t m, int vectors, const TileArgs<T>& args) {
       call_tile<Step, Layout, T, 1, Accumulate>(int(rows), current);
     }
   });
-}
-
-// A [rows][depth] in the order in which tiles read it: tile after tile, for each k the elements of its rows.
-template <class T>
-struct PackedMatrix {
-  T* data;
-  int64_t rows;
-  int64_t depth;
-
-  static int64_t size(int64_t rows, int64_t depth) { return ceil_div(rows, kTileRows) * kTileStride<T> * depth; }
-  T* tile(int64_t index) const { return data + index * kTileStride<T> * depth; }
-};
-
-// C [rows][kPanel] (+)= A [rows][first_k, first_k + k) · B [k][kPanel], at least for the first `rows` rows of A.
-template <class T, bool Accumulate, class Step = Multiply>
-inline void packed_product(const PackedMatrix<T>& a, int64_t rows, int64_t first_k, int64_t k, int vectors, const T* b,
-                           T* c) {
-  constexpr int64_t W = kPanel<T>;
-  for_each_tile(a.rows, [&](int64_t first, int64_t count, int64_t tile) {
-    if (first >= rows) return;
-    const TileArgs<T> args{a.tile(tile) + first_k * kTileStride<T>, 0, 0, b, W, c + first * W, W, k};
-    if (vectors == 2) {
-      call_tile<Step, Packed, T, 2, Accumulate>(int(count), args);
-    } else {
-      call_tile<Step, Packed, T, 1, Accumulate>(int(count), args);
-    }
-  });
-}
-
-// target[c][r] = factor · row(r)[c], widened, for one vector of rows and one of columns: rows and columns beyond the
-// given ones are zero, and columns beyond them are not written.
-template <bool Full, class In, class F>
-[[gnu::always_inline]] inline void load_square(const F& row, int64_t rows, int64_t columns, Compute<In> factor,
-                                               Compute<In>* target, int64_t target_stride) {
-  using T = Compute<In>;
-  constexpr int L = kLanes<T>;
-  Vec<T> block[L];
-#pragma GCC unroll 16
-  for (int i = 0; i < L; ++i) {
-    block[i] = load_first(row(Full || i < rows ? i : 0), Full ? L : i < rows ? columns : 0) * factor;
-  }
-  transpose_step<T, 1>(block);
-#pragma GCC unroll 16
-  for (int i = 0; i < L; ++i) {
-    if (Full || i < columns) store(target + i * target_stride, block[i]);
-  }
-}
-
-// target[c][r] = factor · source[r][c] for rows [0, rows), widened. Whole vectors are written: beyond the rows, the
-// next ones as far as `readable` of them may be read, then zeros.
-template <class In>
-inline void load_transposed(const In* source, int64_t stride, int64_t rows, int64_t readable, int64_t columns,
-                            Compute<In> factor, Compute<In>* target, int64_t target_stride) {
-  constexpr int L = kLanes<Compute<In>>;
-  for (int64_t c = 0; c < columns; c += L) {
-    for (int64_t r = 0; r < rows; r += L) {
-      const In* corner = source + r * stride + c;
-      const auto row = [&](int64_t i) { return corner + i * stride; };
-      Compute<In>* to = target + c * target_stride + r;
-      if (readable - r >= L && columns - c >= L) {
-        load_square<true, In>(row, L, L, factor, to, target_stride);
-      } else {
-        load_square<false, In>(row, readable - r, columns - c, factor, to, target_stride);
-      }
-    }
-  }
-}
-
-// One square of store_transposed.
-template <bool Full, class Out>
-[[gnu::always_inline]] inline void store_square(const Compute<Out>* source, int64_t source_stride,
-                                                Vec<Compute<Out>> factor, int64_t rows, int64_t columns, Out* target,
-                                                int64_t stride) {
-  using T = Compute<Out>;
-  constexpr int L = kLanes<T>;
-  Vec<T> block[L];
-#pragma GCC unroll 16
-  for (int i = 0; i < L; ++i) {
-    block[i] = Full || i < columns ? load(source + i * source_stride) * factor : Vec<T>{};
-  }
-  transpose_step<T, 1>(block);
-#pragma GCC unroll 16
-  for (int i = 0; i < L; ++i) {
-    if (Full || i < rows) store_first(block[i], Full ? L : columns, target + i * stride);
-  }
-}
-
-// target[r][c] = factor[r] · source[c][r] for the rows [0, rows) that one vector holds, narrowed.
-template <class Out>
-inline void store_transposed(const Compute<Out>* source, int64_t source_stride, Vec<Compute<Out>> factor, int64_t rows,
-                             int64_t columns, Out* target, int64_t stride) {
-  constexpr int L = kLanes<Compute<Out>>;
-  for (int64_t c = 0; c < columns; c += L) {
-    if (rows >= L && columns - c >= L) {
-      store_square<true>(source + c * source_stride, source_stride, factor, L, L, target + c, stride);
-    } else {
-      store_square<false>(source + c * source_stride, source_stride, factor, rows, columns - c, target + c, stride);
-    }
-  }
-}
-
-// Packs A from its rows, source[row][k].
-template <class In>
-inline void pack_rows(const In* source, int64_t stride, const PackedMatrix<Compute<In>>& target) {
-  for_each_tile(target.rows, [&](int64_t first, int64_t rows, int64_t tile) {
-    load_transposed(source + first * stride, stride, rows, target.rows - first, target.depth, Compute<In>(1),
-                    target.tile(tile), kTileStride<Compute<In>>);
-  });
-}
-
-// Packs A from its columns, source[k][row]: a few of them at a time, for all tiles, since they may lie far apart.
-template <class In>
-inline void pack_columns(const In* source, int64_t stride, const PackedMatrix<Compute<In>>& target) {
-  using T = Compute<In>;
-  constexpr int64_t kStep = 16;
-  for (int64_t begin = 0; begin < target.depth; begin += kStep) {
-    const int64_t end = min64(begin + kStep, target.depth);
-    for_each_tile(target.rows, [&](int64_t first, int64_t rows, int64_t tile) {
-      for (int64_t r = 0; r < rows; r += kLanes<T>) {
-        T* column = target.tile(tile) + r;
-        for (int64_t k = begin; k < end; ++k) {
-          store(column + k * kTileStride<T>, load_first(source + k * stride + first + r, rows - r));
-        }
-      }
-    });
-  }
 }
 
 // C (+)= A · B for any number of lanes, panel by panel; B and C are row-major and padded to whole vectors.
