@@ -33,8 +33,11 @@ MARK = f"> **{figures.STALE}**\n\n"
 
 
 def newest(pattern: str = "cpu-*.csv") -> Path:
-    """Return the newest results file: names end in the date."""
-    files = sorted(harness.RESULTS.glob(pattern), key=lambda path: path.stem[-10:])
+    """Return the newest results file: names end in the date; of one day's, one of the kernels as they are."""
+    files = sorted(
+        harness.RESULTS.glob(pattern),
+        key=lambda path: (path.stem[-10:], not harness.is_stale(harness.read(path)), path.stem),
+    )
     if not files:
         raise FileNotFoundError(f"no {pattern} under {harness.RESULTS}; make bench writes one")
     return files[-1]
