@@ -58,11 +58,16 @@ def run_python(program: str, *arguments: object) -> str:
     return finished.stdout
 
 
+def default_and_math(run: Callable[[], Any]) -> list[Any]:
+    """Return what ``run`` gives by SDPA's default path and by its math path."""
+    default = run()
+    with sdpa_kernel(SDPBackend.MATH):
+        return [default, run()]
+
+
 def torchs_paths(model: nn.Module, run: Callable[[], Any]) -> list[Any]:
     """Return what ``run`` gives by each of torch's own attention paths: default, math, and timm's written out."""
-    runs = [run()]
-    with sdpa_kernel(SDPBackend.MATH):
-        runs.append(run())
+    runs = default_and_math(run)
     switched = [module for module in model.modules() if getattr(module, "fused_attn", None) is True]
     for module in switched:
         module.fused_attn = False

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastvit.testing import compare, livened
-from tests.swapping import by_tensor, normal
+from tests.swapping import by_tensor, default_and_math, normal
 
 Results = dict[str, Tensor]
 
@@ -44,9 +43,7 @@ def written_out() -> Iterator[None]:
 
 def torchs_own(run: Callable[[], Results]) -> dict[str, list[Tensor]]:
     """Return for each tensor its results by torch's paths: default, math, written out."""
-    runs = [run()]
-    with sdpa_kernel(SDPBackend.MATH):
-        runs.append(run())
+    runs = default_and_math(run)
     with written_out():
         runs.append(run())
     return by_tensor(runs)
