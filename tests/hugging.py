@@ -11,10 +11,9 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastvit.testing import livened
-from tests.swapping import by_tensor, forward_backward, normal
+from tests.swapping import by_tensor, default_and_math, forward_backward, normal
 
 DEPTH = 2
 WIDTH = {"hidden_size": 96, "num_hidden_layers": DEPTH, "num_attention_heads": 3, "intermediate_size": 192}
@@ -177,9 +176,7 @@ def torchs_own(model: Hidden, inputs: Inputs, eager: bool = True) -> dict[str, l
     name = model.model.config._attn_implementation
     model.model.set_attn_implementation("sdpa")
     given = _as_eager_masks(inputs) if eager else inputs
-    runs = [forward_backward(model, given)]
-    with sdpa_kernel(SDPBackend.MATH):
-        runs.append(forward_backward(model, given))
+    runs = default_and_math(lambda: forward_backward(model, given))
     if eager:
         model.model.set_attn_implementation("eager")
         runs.append(forward_backward(model, inputs))
