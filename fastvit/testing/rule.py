@@ -8,11 +8,14 @@ differ from each other by factors, in either direction, from one processor to th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+# Elements compared at a time: float64 and its temporaries of more than a cache cost the test more than the kernel.
+BLOCK = 2**15
 
 
 @dataclass(frozen=True)
@@ -65,30 +68,62 @@ def compare(actual: Tensor, expected: Tensor, torch_result: Tensor | Sequence[Te
         _check_comparable(actual, expected, result)
     if actual.numel() == 0:
         return Comparison(name, tuple(actual.shape), actual.dtype, 0.0, 0.0, 0.0, True, (), 0.0, 0.0)
-    expected, actual64 = expected.detach().cpu(), actual.detach().cpu().double()
-    rounded = expected.to(actual.dtype).double()
-    finite = rounded.isfinite()
-    error = torch.where(finite, (actual64 - expected).abs(), 0.0)
-    torch_error = torch.stack([_largest_error(result, expected, finite) for result in own]).max()
-    info = torch.finfo(actual.dtype)
-    # Half an ulp: relative for normal numbers, absolute in the subnormal range.
-    rounding = (expected.abs() * (info.eps / 2)).clamp_min(info.smallest_normal * info.eps / 2)
-    ratio = torch.where(finite, error / (2 * torch_error + rounding), 0.0).nan_to_num(torch.inf, torch.inf)
-    same = finite | (rounded == actual64) | (rounded.isnan() & actual64.isnan())
-    ratio = torch.where(same, ratio, torch.inf)
-    index = tuple(int(i) for i in torch.unravel_index(ratio.argmax(), ratio.shape))
-    worst = ratio[index].item()
+    flat, truth = _flat(actual), _flat(expected)
+    torch_error = max(_largest_error(_flat(result), truth, actual.dtype) for result in own)
+    error, worst, where = 0.0, -1.0, 0
+    for start, part, part_truth in _blocks(flat, truth):
+        errors, finite, same = _errors(part, part_truth, actual.dtype)
+        ratio = torch.where(finite, errors / (2 * torch_error + _rounding(part_truth, actual.dtype)), 0.0)
+        ratio = torch.where(same, ratio.nan_to_num(torch.inf, torch.inf), torch.inf)
+        error = max(error, errors.nan_to_num(torch.inf).max().item())
+        highest = int(ratio.argmax())
+        if ratio[highest] > worst:
+            worst, where = ratio[highest].item(), start + highest
     return Comparison(
         name,
         tuple(actual.shape),
         actual.dtype,
-        error.nan_to_num(torch.inf).max().item(),
-        torch_error.item(),
+        error,
+        torch_error,
         worst,
         worst <= 1.0,
-        index,
-        actual64[index].item(),
-        expected[index].item(),
+        tuple(int(i) for i in torch.unravel_index(torch.tensor(where), actual.shape)),
+        flat[where].item(),
+        truth[where].item(),
+    )
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().reshape(-1)
+
+
+def _blocks(result: Tensor, expected: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    for start in range(0, expected.numel(), BLOCK):
+        yield start, result[start : start + BLOCK].double(), expected[start : start + BLOCK]
+
+
+def _errors(result: Tensor, expected: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Return errors (0 where the truth is not finite in ``dtype``), where it is finite, and where both may stand."""
+    rounded = expected.to(dtype).double()
+    finite = rounded.isfinite()
+    errors = (result - expected).abs_()
+    if finite.all():
+        return errors, finite, finite
+    same = finite | (rounded == result) | (rounded.isnan() & result.isnan())
+    return torch.where(finite, errors, 0.0), finite, same
+
+
+def _rounding(expected: Tensor, dtype: torch.dtype) -> Tensor:
+    """Half an ulp: relative for normal numbers, absolute in the subnormal range."""
+    info = torch.finfo(dtype)
+    return (expected.abs() * (info.eps / 2)).clamp_min_(info.smallest_normal * info.eps / 2)
+
+
+def _largest_error(result: Tensor, expected: Tensor, dtype: torch.dtype) -> float:
+    """Return the largest error of PyTorch's own result; where that is not finite, it is no yardstick."""
+    return max(
+        torch.where(part.isfinite(), _errors(part, truth, dtype)[0], 0.0).max().item()
+        for _, part, truth in _blocks(result, expected)
     )
 
 
@@ -103,11 +138,6 @@ def _check_comparable(actual: Tensor, expected: Tensor, torch_result: Tensor) ->
             f"expected: got {expected.dtype}; accepted is float64, with actual ({actual.dtype}) and torch_result "
             f"({torch_result.dtype}) of one narrower dtype"
         )
-
-
-def _largest_error(result: Tensor, expected: Tensor, finite: Tensor) -> Tensor:
-    result = result.detach().cpu().double()
-    return torch.where(finite & result.isfinite(), (result - expected).abs(), 0.0).max()
 
 
 def assert_close(
