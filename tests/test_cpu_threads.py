@@ -29,6 +29,7 @@ CASES = (
     AttentionCase(1, 3, 300, 300, 32, 32, sharpness=4.0),
     AttentionCase(1, 5, 65, 65, 24, 24, is_causal=True),
     AttentionCase(1, 1, 577, 33, 40, 72, layout="bnhd"),
+    AttentionCase(1, 1, 197, 20, 32, 32, layout="bnhd"),
     AttentionCase(3, 1, 50, 50, 32, 32, bias="additive"),
     AttentionCase(1, 3, 197, 197, 64, 64, torch.bfloat16, bias="bool", bias_shape=(1, 1, 1, 197)),
     AttentionCase(1, 1, 131, 130, 17, 17, torch.float16, layout="bhnd"),
@@ -206,5 +207,5 @@ def test_partial_sums_are_bounded_by_the_threads() -> None:
     count = 3
     (row,) = measure("cpu", count, LONG)
     _, backward, _, part = _C.attention_scratch(LONG, LONG, 64, 64)
-    assert backward < row["held"][1] <= backward + 4 * count * part
-    assert row["backward"] <= count * backward + 4 * count * part + 5 * 2 * LONG * 64 * 4 + 2 * SLACK
+    assert backward < row["held"][1] <= backward + 8 * count * part
+    assert row["backward"] <= count * backward + 8 * count * part + 5 * 2 * LONG * 64 * 4 + 2 * SLACK

@@ -1,7 +1,7 @@
 // Attention backward: whole heads, or parts of heads where there are fewer heads than threads.
 //
-// The sums over the queries, dK and dV, follow one binary tree over runs of query blocks (leaves), whose shape depends
-// on the lengths alone. A task computes the whole tree of a head, or one subtree whose partial sum it leaves for
+// The sums over the queries, dK and dV, have one order, which depends on the lengths alone: block after block within a
+// leaf (a run of query blocks), leaf after leaf. A task computes a whole head, or one leaf whose sums it leaves for
 // `reduce`: the additions are the same in either case, so the result has the same bits for any number of threads, and
 // nothing is ever added from two threads.
 //
@@ -9,106 +9,102 @@
 // P dP, minus dLSE; dS^T = P^T (dP^T - delta). Then dQ^T = K^T dS^T, and into the head's accumulators dV += P^T dO and
 // dK += scale dS^T Q. A block has its whole rows at hand, so P is normalised afresh: exp(S - LSE) would carry the
 // rounding of the LSE, half an ulp of a number near 30 for sharp logits, into every gradient. For the same reason delta
-// comes from P and dP and not from dO · O, and dP is first centred on its value at the row's largest key: where that
-// key has nearly all the weight, dP - delta is a difference of nearly equal numbers, and centring takes it exactly.
+// comes from P and dP and not from dO · O, and what its rounding leaves in dS is taken out again.
 #pragma once
 
 #include "attention_common.h"
+#include "kernels.h"
 
 namespace fastvit::cpu::FASTVIT_CAPABILITY {
 
-// Leaves of a head's tree, at most: the parallelism that one head can give. Each leaf costs one addition of dK and dV
-// and each level of the tree one more copy of them in the scratch.
+// Leaves of a head, at most: the parallelism that one head can give.
 constexpr int64_t kLeaves = 8;
+// Queries whose P and dS are kept until they are added to dK and dV. Each addition moves the sums, which are larger
+// than a first-level cache, once: the more queries together, the less often.
+constexpr int64_t kGroupQueries = 64;
 
 template <class In>
 class AttentionBackward {
   using T = Compute<In>;
   static constexpr int L = kLanes<T>;
   static constexpr int64_t W = kPanel<T>;
+  static constexpr int64_t kGroupBlocks = kGroupQueries / W;
 
  public:
   explicit AttentionBackward(const AttentionBackwardParams& p) : p_(p), scale_(p.scale) {
     padded_dim_ = round_up(p.head_dim, L);
     padded_dim_v_ = round_up(p.head_dim_v, L);
-    partial_size_ = p.seqlen_k * (padded_dim_ + padded_dim_v_);
+    sums_size_ = p.seqlen_k * (padded_dim_ + padded_dim_v_);
     blocks_ = ceil_div(p.seqlen_q, W);
-    leaves_ = min64(blocks_, kLeaves);
-    while (max_parts_ < leaves_) max_parts_ *= 2;
+    group_ = max64(1, min64(blocks_, kGroupBlocks));
+    leaves_ = max64(1, min64(blocks_, kLeaves));
   }
 
-  int64_t max_parts() const { return max_parts_; }
-  int64_t partial_bytes() const { return partial_size_ * int64_t(sizeof(T)); }
+  int64_t leaves() const { return leaves_; }
+  int64_t partial_bytes() const { return sums_size_ * int64_t(sizeof(T)); }
   int64_t scratch_bytes() {
     Arena measure;
-    allocate(measure, max_parts_);
+    allocate(measure);
     return measure.used();
   }
 
   // Whole heads [begin, end).
   void run(int64_t begin, int64_t end) {
     Arena arena(thread_scratch(scratch_bytes()));
-    T* total = allocate(arena, max_parts_);
+    allocate(arena);
     for (int64_t index = begin; index < end; ++index) {
       load_head(index);
-      sum_leaves(0, max_parts_, total);
-      write_sums(0, p_.seqlen_k, total);
+      run_leaves(0, leaves_, head_sums_);
+      write_sums(0, p_.seqlen_k, head_sums_);
     }
   }
 
-  // Parts [begin, end) of the heads from split.first_head on: dQ of their queries, and their partial sums.
+  // Leaves [begin, end) of the heads from split.first_head on: dQ of their queries, and their sums.
   void run_parts(const AttentionSplit& split, int64_t begin, int64_t end) {
     Arena arena(thread_scratch(scratch_bytes()));
-    allocate(arena, max_parts_);
-    const int64_t leaves = max_parts_ / split.parts;
+    allocate(arena);
     int64_t loaded = -1;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t index = split.first_head + task / split.parts, first = task % split.parts * leaves;
-      if (first >= leaves_) continue;
+      const int64_t index = split.first_head + task / leaves_, leaf = task % leaves_;
       if (index != loaded) load_head(loaded = index);
-      sum_leaves(first, leaves, partial(split, task));
+      run_leaves(leaf, leaf + 1, partial(split, task));
     }
   }
 
-  // Slices [begin, end) of kReduceKeys keys of the same heads: adds up the partial sums, and writes dK and dV.
+  // Slices [begin, end) of kReduceKeys keys of the same heads: adds up the sums of the leaves, and writes dK and dV.
   void reduce(const AttentionSplit& split, int64_t begin, int64_t end) {
-    const int64_t slices = ceil_div(p_.seqlen_k, kReduceKeys), leaves = max_parts_ / split.parts;
+    const int64_t slices = ceil_div(p_.seqlen_k, kReduceKeys);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t first_part = task / slices * split.parts, first = task % slices * kReduceKeys;
+      const int64_t head = task / slices, first = task % slices * kReduceKeys;
       const int64_t count = min64(kReduceKeys, p_.seqlen_k - first);
-      for (int64_t step = 1; step < split.parts; step *= 2) {
-        for (int64_t part = 0; (part + step) * leaves < leaves_; part += 2 * step) {
-          add_sums(partial(split, first_part + part + step), first, count, partial(split, first_part + part));
-        }
+      T* sums = partial(split, head * leaves_);
+      for (int64_t leaf = 1; leaf < leaves_; ++leaf) {
+        const T* other = partial(split, head * leaves_ + leaf);
+        add(other + first * padded_dim_, count * padded_dim_, sums + first * padded_dim_);
+        add(value_sums(other) + first * padded_dim_v_, count * padded_dim_v_, value_sums(sums) + first * padded_dim_v_);
       }
-      place(split.first_head + task / slices);
-      write_sums(first, count, partial(split, first_part));
+      place(split.first_head + head);
+      write_sums(first, count, sums);
     }
   }
 
  private:
-  // Returns where the sums of a whole tree of `leaves` leaves go.
-  T* allocate(Arena& arena, int64_t leaves) {
-    const int64_t keys = p_.seqlen_k;
-    const auto take = [&](int64_t rows, int64_t depth) {
-      return PackedMatrix<T>{arena.take<T>(PackedMatrix<T>::size(rows, depth)), rows, depth};
-    };
-    key_ = take(keys, p_.head_dim);
-    value_ = take(keys, p_.head_dim_v);
-    key_columns_ = take(p_.head_dim, keys);
-    query_rows_ = arena.take<T>(W * padded_dim_);
+  void allocate(Arena& arena) {
+    const int64_t keys = p_.seqlen_k, bias_size = p_.bias.type == BiasType::kNone ? 0 : W * round_up(keys, L);
+    key_ = PackedMatrix<T>::take(arena, keys, p_.head_dim);
+    value_ = PackedMatrix<T>::take(arena, keys, p_.head_dim_v);
+    key_columns_ = PackedMatrix<T>::take(arena, p_.head_dim, keys);
     query_lanes_ = arena.take<T>(padded_dim_ * W);
-    grad_output_rows_ = arena.take<T>(W * padded_dim_v_);
     grad_output_lanes_ = arena.take<T>(padded_dim_v_ * W);
-    probabilities_ = arena.take<T>(keys * W);
-    grad_scores_ = arena.take<T>(keys * W);
     grad_query_lanes_ = arena.take<T>(padded_dim_ * W);
-    if (p_.bias.type != BiasType::kNone) {
-      bias_rows_ = arena.take<T>(W * round_up(keys, L));
-      bias_lanes_ = arena.take<T>(W * round_up(keys, L));
-    }
-    for (int level = 0; int64_t(1) << level < leaves; ++level) right_[level] = arena.take<T>(partial_size_);
-    return arena.take<T>(partial_size_);
+    query_rows_ = arena.take<T>(group_ * W * padded_dim_);
+    grad_output_rows_ = arena.take<T>(group_ * W * padded_dim_v_);
+    probabilities_ = arena.take<T>(group_ * W * keys);
+    grad_scores_ = arena.take<T>(group_ * W * keys);
+    bias_rows_ = arena.take<T>(bias_size);
+    bias_lanes_ = arena.take<T>(bias_size);
+    head_sums_ = arena.take<T>(sums_size_);
+    leaf_sums_ = arena.take<T>(leaves_ < blocks_ ? sums_size_ : 0);
   }
 
   void place(int64_t index) {
@@ -124,37 +120,26 @@ class AttentionBackward {
   }
 
   T* partial(const AttentionSplit& split, int64_t task) const {
-    return static_cast<T*>(split.partials) + task * partial_size_;
+    return static_cast<T*>(split.partials) + task * sums_size_;
   }
   // Sums lie as dK [keys][padded_dim], then dV [keys][padded_dim_v].
-  T* value_sums(T* sums) const { return sums + p_.seqlen_k * padded_dim_; }
-
-  // The sums over leaves [first, first + count), count a power of two; the tree's missing leaves add nothing.
-  void sum_leaves(int64_t first, int64_t count, T* target) {
-    if (count == 1) return run_leaf(first, target);
-    const int64_t half = count / 2;
-    sum_leaves(first, half, target);
-    if (first + half >= leaves_) return;
-    T* right = right_[__builtin_ctzll(uint64_t(half))];
-    sum_leaves(first + half, half, right);
-    add_sums(right, 0, p_.seqlen_k, target);
+  template <class Sums>
+  Sums value_sums(Sums sums) const {
+    return sums + p_.seqlen_k * padded_dim_;
   }
 
-  void run_leaf(int64_t leaf, T* target) {
+  int64_t first_block(int64_t leaf) const { return leaf * blocks_ / leaves_; }
+
+  // dQ of the queries of leaves [first, last), and what they add to dK and dV; overwrites `sums`.
+  void run_leaves(int64_t first, int64_t last, T* sums) {
     // Without a query there is one leaf, and no block that would begin its sums.
-    for (int64_t i = 0; p_.seqlen_q == 0 && i < partial_size_; ++i) target[i] = 0;
-    const int64_t begin = leaf * blocks_ / max64(leaves_, 1), end = (leaf + 1) * blocks_ / max64(leaves_, 1);
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t first = block * W;
-      run_block({batch_, head_, first, min64(W, p_.seqlen_q - first)}, block == begin, target);
+    for (int64_t i = 0; blocks_ == 0 && i < sums_size_; ++i) sums[i] = 0;
+    for (int64_t begin = first_block(first), end = first_block(last); begin < end; begin += group_) {
+      const int64_t group_end = min64(begin + group_, end);
+      run_group({begin, group_end, first, p_.is_causal ? min64(p_.seqlen_k, group_end * W) : p_.seqlen_k, {}}, sums);
     }
   }
 
-  // target += source, for keys [first, first + count) of dK and of dV.
-  void add_sums(T* source, int64_t first, int64_t count, T* target) const {
-    add(source + first * padded_dim_, count * padded_dim_, target + first * padded_dim_);
-    add(value_sums(source) + first * padded_dim_v_, count * padded_dim_v_, value_sums(target) + first * padded_dim_v_);
-  }
   static void add(const T* source, int64_t count, T* target) {
     for (int64_t i = 0; i < count; i += L) store(target + i, load(target + i) + load(source + i));
   }
@@ -170,32 +155,93 @@ class AttentionBackward {
           p_.head_dim_v);
   }
 
-  // `fresh`: the sums begin with this block, and whatever `sums` held is overwritten.
-  void run_block(const QueryBlock<T>& block, bool fresh, T* sums) {
-    load_block(p_.query, block, p_.head_dim, scale_.queries, query_rows_, query_lanes_);
-    load_block(p_.grad_output, block, p_.head_dim_v, T(1), grad_output_rows_, grad_output_lanes_);
-    const int64_t keys = p_.is_causal ? min64(p_.seqlen_k, block.first + block.count) : p_.seqlen_k;
-    compute_scores(p_, block, key_, query_lanes_, scale_.scores, 0, keys, probabilities_, bias_rows_, bias_lanes_);
-    packed_product<T, false>(value_, keys, 0, p_.head_dim_v, block.vectors(), grad_output_lanes_, grad_scores_);
-    for (int v = 0; v < block.vectors(); ++v) softmax_backward(block, v, keys);
-    // Sums over the queries of this block, whose number is `count`: lanes beyond it hold no query.
-    const TileArgs<T> to_value{probabilities_, W,          1, grad_output_rows_, padded_dim_v_, value_sums(sums),
-                               padded_dim_v_,  block.count};
-    const TileArgs<T> to_key{grad_scores_, W, 1, query_rows_, padded_dim_, sums, padded_dim_, block.count};
-    if (fresh) {
-      product<T, false, Lanes>(keys, padded_dim_v_, to_value);
-      product<T, false, Lanes>(keys, padded_dim_, to_key);
-      for (int64_t i = keys * padded_dim_v_; i < p_.seqlen_k * padded_dim_v_; ++i) value_sums(sums)[i] = 0;
-      for (int64_t i = keys * padded_dim_; i < p_.seqlen_k * padded_dim_; ++i) sums[i] = 0;
-    } else {
-      product<T, true, Lanes>(keys, padded_dim_v_, to_value);
-      product<T, true, Lanes>(keys, padded_dim_, to_key);
+  // How a block's part of dK and dV reaches the sums of its leaf and of the head.
+  struct Part {
+    int64_t queries;
+    bool opens, closes;  // its leaf
+    bool is_first;       // of the leaves: its sums are the head's
+    bool is_inside;      // a leaf that begins and ends in this group
+  };
+  // Blocks [begin, end) of a head whose sums begin with leaf `first_leaf`; they take part in the first `keys` keys.
+  struct Group {
+    int64_t begin, end, first_leaf, keys;
+    Part parts[kGroupBlocks];
+  };
+
+  void run_group(Group group, T* sums) {
+    for (int64_t block = group.begin; block < group.end; ++block) {
+      const int64_t leaf = ((block + 1) * leaves_ - 1) / blocks_, begin = first_block(leaf),
+                    end = first_block(leaf + 1);
+      const int64_t first = block * W, queries = min64(W, p_.seqlen_q - first), place = block - group.begin;
+      group.parts[place] = {queries, block == begin, block + 1 == end, leaf == group.first_leaf,
+                            begin >= group.begin && end <= group.end};
+      run_block({batch_, head_, first, queries}, place, group.keys);
     }
-    packed_product<T, false>(key_columns_, p_.head_dim, 0, keys, block.vectors(), grad_scores_, grad_query_lanes_);
+    add_group(group, probabilities_, grad_output_rows_, padded_dim_v_, value_sums(sums), value_sums(leaf_sums_));
+    add_group(group, grad_scores_, query_rows_, padded_dim_, sums, leaf_sums_);
+  }
+
+  // P, dS and dQ of a block, the `place`-th of its group.
+  void run_block(const QueryBlock<T>& block, int64_t place, int64_t keys) {
+    T *probabilities = probabilities_ + place * W * p_.seqlen_k, *grad_scores = grad_scores_ + place * W * p_.seqlen_k;
+    load_block(p_.query, block, p_.head_dim, scale_.queries, query_rows_ + place * W * padded_dim_, query_lanes_);
+    load_block(p_.grad_output, block, p_.head_dim_v, T(1), grad_output_rows_ + place * W * padded_dim_v_,
+               grad_output_lanes_);
+    compute_scores(p_, block, key_, query_lanes_, scale_.scores, 0, keys, probabilities, bias_rows_, bias_lanes_);
+    packed_product<T, false>(value_, keys, 0, p_.head_dim_v, block.vectors(), grad_output_lanes_, grad_scores);
+    for (int v = 0; v < block.vectors(); ++v) {
+      softmax_backward(block, v, keys, probabilities + v * L, grad_scores + v * L);
+    }
+    packed_product<T, false>(key_columns_, p_.head_dim, 0, keys, block.vectors(), grad_scores, grad_query_lanes_);
     In* grad_query = mutable_head_of<In>(p_.grad_query, batch_, head_) + block.first * p_.grad_query.row_stride;
     for (int64_t first = 0; first < block.count; first += L) {
       store_transposed(grad_query_lanes_ + first, W, splat(T(p_.scale)), min64(L, block.count - first), p_.head_dim,
                        grad_query + first * p_.grad_query.row_stride, p_.grad_query.row_stride);
+    }
+  }
+
+  // sums [keys][padded] += lanes [block][keys][W] · rows [query][padded], over the queries of the group.
+  void add_group(const Group& group, const T* lanes, const T* rows, int64_t padded, T* sums, T* leaf_sums) const {
+    for_each_tile(group.keys, [&](int64_t key, int64_t tile_rows, int64_t) {
+      for (int64_t column = 0; column < padded; column += W) {
+        const int64_t offset = key * padded + column;
+        const TileArgs<T> args{lanes + key * W, 0, 0, rows + column, padded, sums + offset, padded, 0};
+        add_tile(group, args, tile_rows, min64(ceil_div(padded - column, L), kTileVectors), leaf_sums + offset);
+      }
+    });
+    // What began here goes on with the next group, which has more keys where they are causal.
+    for (int64_t block = group.begin; block < group.end; ++block) {
+      const Part& part = group.parts[block - group.begin];
+      if (!part.opens || (part.is_inside && !part.is_first)) continue;
+      T* target = part.is_first ? sums : leaf_sums;
+      for (int64_t i = group.keys * padded; i < p_.seqlen_k * padded; ++i) target[i] = 0;
+    }
+  }
+
+  // One tile of add_group: `args` are the operands of the group's first block. The sums of a leaf are complete before
+  // they are added to those of the leaves before: of a leaf inside of the group in a tile of its own, of one that began
+  // in an earlier group or goes on in a later one in `leaf_sums`.
+  void add_tile(const Group& group, TileArgs<T> args, int64_t rows, int64_t vectors, T* leaf_sums) const {
+    alignas(64) T inside[kTileRows * W];
+    T* const sums = args.c;
+    const int64_t stride = args.c_stride;
+    for (int64_t i = 0; i < group.end - group.begin; ++i) {
+      const Part& part = group.parts[i];
+      args.k = part.queries;
+      // One block that the tile adds in one piece needs no sums of its own.
+      const bool is_one = part.opens && part.closes && args.k <= stored_terms<Multiply>(rows * vectors);
+      args.c = part.is_first || is_one ? sums : part.is_inside ? inside : leaf_sums;
+      args.c_stride = args.c == inside ? W : stride;
+      if (part.opens && (part.is_first || !is_one)) {
+        call_tile<T, false, Multiply, Lanes<T>>(rows, vectors, args);
+      } else {
+        call_tile<T, true, Multiply, Lanes<T>>(rows, vectors, args);
+      }
+      for (int64_t r = 0; args.c != sums && part.closes && r < rows; ++r) {
+        add(args.c + r * args.c_stride, vectors * L, sums + r * stride);
+      }
+      args.a += W * p_.seqlen_k;
+      args.b += W * stride;
     }
   }
 
@@ -211,15 +257,13 @@ class AttentionBackward {
     load_transposed(rows, padded, block.count, block.count, columns, T(1), lanes, W);
   }
 
-  // Turns the scores into P and dP into dS, for vector v of the queries.
-  void softmax_backward(const QueryBlock<T>& block, int v, int64_t keys) {
+  // Turns the scores `p` into P and dP, `ds`, into dS, for vector v of the queries.
+  void softmax_backward(const QueryBlock<T>& block, int v, int64_t keys, T* p, T* ds) const {
     const int64_t offset = (block.batch * p_.num_heads + block.head) * p_.seqlen_q + block.first + v * L;
     Vec<T> grad_lse{};
     for (int lane = 0; p_.grad_lse != nullptr && lane < L && v * L + lane < block.count; ++lane) {
       grad_lse[lane] = static_cast<const T*>(p_.grad_lse)[offset + lane];
     }
-    T* p = probabilities_ + v * L;
-    T* ds = grad_scores_ + v * L;
     const Vec<T> high = maximum_of_lanes(p, keys);
     const Vec<T> offset_of_row = high == T(-kInfinity) ? Vec<T>{} : high;
     Vec<T> total{}, delta{};
@@ -263,13 +307,13 @@ class AttentionBackward {
 
   const AttentionBackwardParams& p_;
   const Scale<T> scale_;
-  int64_t padded_dim_, padded_dim_v_, partial_size_, blocks_, leaves_, max_parts_ = 1;
+  int64_t padded_dim_, padded_dim_v_, sums_size_, blocks_, group_, leaves_;
   int64_t batch_ = 0, head_ = 0;
   PackedMatrix<T> key_{}, value_{}, key_columns_{};
-  T *query_rows_, *query_lanes_, *grad_output_rows_, *grad_output_lanes_, *probabilities_, *grad_scores_;
-  T* grad_query_lanes_;
-  T* right_[__builtin_ctzll(uint64_t(kLeaves))];  // sums of right subtrees, by level
-  T *bias_rows_ = nullptr, *bias_lanes_ = nullptr;
+  T *query_lanes_, *grad_output_lanes_, *grad_query_lanes_, *query_rows_, *grad_output_rows_;
+  T *probabilities_, *grad_scores_;  // [block of the group][key][W]
+  T *head_sums_, *leaf_sums_;        // dK and dV
+  T *bias_rows_, *bias_lanes_;
 };
 
 template <class F>
@@ -282,7 +326,7 @@ inline void with_attention_backward(const AttentionBackwardParams& p, const F& f
 
 inline AttentionBackwardSizes attention_backward_sizes(const AttentionBackwardParams& p) {
   AttentionBackwardSizes sizes;
-  with_attention_backward(p, [&](auto& op) { sizes = {op.scratch_bytes(), op.max_parts(), op.partial_bytes()}; });
+  with_attention_backward(p, [&](auto& op) { sizes = {op.scratch_bytes(), op.leaves(), op.partial_bytes()}; });
   return sizes;
 }
 

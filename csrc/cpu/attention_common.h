@@ -6,7 +6,6 @@
 // own, and rows that far apart fall into the same few sets of the cache.
 #pragma once
 
-#include "arena.h"
 #include "pack.h"
 
 namespace fastvit::cpu::FASTVIT_CAPABILITY {
@@ -68,7 +67,7 @@ struct QueryBlock {
   int64_t head;
   int64_t first;  // index of the query in lane 0
   int64_t count;  // queries in this block, at most kPanel
-  int vectors() const { return int(ceil_div(count, kLanes<T>)); }
+  int64_t vectors() const { return ceil_div(count, kLanes<T>); }
 };
 
 // Adds the bias of keys [first_key, first_key + keys) to the scores [keys][kPanel]. `rows` and `lanes` are scratch of

@@ -58,7 +58,7 @@ class AttentionForward {
   }
   void allocate(Arena& arena) {
     key_ = arena.take<T>(key_blocks_ * PackedMatrix<T>::size(keys_per_block_, p_.head_dim));
-    value_ = {arena.take<T>(PackedMatrix<T>::size(p_.head_dim_v, p_.seqlen_k)), p_.head_dim_v, p_.seqlen_k};
+    value_ = PackedMatrix<T>::take(arena, p_.head_dim_v, p_.seqlen_k);
     query_lanes_ = arena.take<T>(padded_dim_ * W);
     output_lanes_ = arena.take<T>(padded_dim_v_ * W);
     scores_ = arena.take<T>(keys_per_block_ * W);

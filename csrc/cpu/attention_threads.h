@@ -14,32 +14,23 @@ void attention_forward_over(const KernelTable& kernels, const AttentionParams& p
                [&](int64_t begin, int64_t end) { kernels.attention_forward(p, begin, end); });
 }
 
-// The heads that deal out evenly run whole, the remainder (all heads, if they are fewer than the threads) in parts: at
-// least two per thread where the tree has them, so that uneven parts even out. The partial sums of the parts, fewer
-// than four per thread, are the only memory that threads share.
-inline AttentionSplit split_heads(const AttentionBackwardParams& p, const AttentionBackwardSizes& sizes,
-                                  int64_t threads) {
-  const int64_t heads = p.batch * p.num_heads, remainder = threads > 1 ? heads % threads : 0;
-  AttentionSplit split{heads - remainder};
-  while (remainder > 0 && split.parts < sizes.max_parts && remainder * split.parts < 2 * threads) split.parts *= 2;
-  if (split.parts == 1) split.first_head = heads;
-  return split;
-}
-
+// The heads that deal out evenly run whole, the remainder (all heads, if they are fewer than the threads) in leaves.
+// The sums of these, at most eight per thread, are the only memory that threads share.
 template <class ParallelFor>
 void attention_backward_over(const KernelTable& kernels, const AttentionBackwardParams& p, int64_t threads,
                              const ParallelFor& parallel_for) {
   const AttentionBackwardSizes sizes = kernels.attention_backward_sizes(p);
-  AttentionSplit split = split_heads(p, sizes, threads);
-  const int64_t parts = (p.batch * p.num_heads - split.first_head) * split.parts;
+  const int64_t heads = p.batch * p.num_heads, remainder = threads > 1 && sizes.leaves > 1 ? heads % threads : 0;
+  AttentionSplit split{heads - remainder};
   if (split.first_head > 0) {
     parallel_for(split.first_head, [&](int64_t begin, int64_t end) { kernels.attention_backward(p, begin, end); });
   }
-  if (parts == 0) return;
-  split.partials = call_scratch(parts * sizes.partial_bytes);
-  parallel_for(parts, [&](int64_t begin, int64_t end) { kernels.attention_backward_parts(p, split, begin, end); });
+  if (remainder == 0) return;
+  split.partials = call_scratch(remainder * sizes.leaves * sizes.partial_bytes);
+  parallel_for(remainder * sizes.leaves,
+               [&](int64_t begin, int64_t end) { kernels.attention_backward_parts(p, split, begin, end); });
   const int64_t slices = (p.seqlen_k + kReduceKeys - 1) / kReduceKeys;
-  parallel_for(parts / split.parts * slices,
+  parallel_for(remainder * slices,
                [&](int64_t begin, int64_t end) { kernels.attention_backward_reduce(p, split, begin, end); });
 }
 

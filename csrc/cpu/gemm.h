@@ -35,59 +35,34 @@ struct TileArgs {
   int64_t k;
 };
 
-// How a tile finds its operands. Strides that the compiler knows become part of the instructions; others take more
-// registers than there are, one for each row of A.
-struct Strided {
-  template <class T, int Rows>
-  static int64_t a_row(const TileArgs<T>& args) {
-    return args.a_row;
-  }
-  template <class T, int Rows>
-  static int64_t a_k(const TileArgs<T>& args) {
-    return args.a_k;
+// How a tile finds its operands. Strides that the compiler knows, those that are not 0 here, become part of the
+// instructions; others take more registers than there are, one for each row of A.
+template <int64_t ARow = 0, int64_t AK = 0, int64_t BStride = 0>
+struct Layout {
+  static constexpr bool kKnown = ARow != 0 && AK != 0;
+  template <class T>
+  static constexpr int64_t a_row(const TileArgs<T>& args) {
+    return ARow != 0 ? ARow : args.a_row;
   }
   template <class T>
-  static int64_t b_stride(const TileArgs<T>& args) {
-    return args.b_stride;
+  static constexpr int64_t a_k(const TileArgs<T>& args) {
+    return AK != 0 ? AK : args.a_k;
+  }
+  template <class T>
+  static constexpr int64_t b_stride(const TileArgs<T>& args) {
+    return BStride != 0 ? BStride : args.b_stride;
   }
 };
+using Strided = Layout<>;
 // A as it is packed by pack.h, B in rows of kPanel.
-struct Packed {
-  template <class T, int Rows>
-  static constexpr int64_t a_row(const TileArgs<T>&) {
-    return 1;
-  }
-  template <class T, int Rows>
-  static constexpr int64_t a_k(const TileArgs<T>&) {
-    return kTileStride<T>;
-  }
-  template <class T>
-  static constexpr int64_t b_stride(const TileArgs<T>&) {
-    return kPanel<T>;
-  }
-};
+template <class T>
+using Packed = Layout<1, kTileStride<T>, kPanel<T>>;
 // One tile of A packed like that, B in any rows.
-struct PackedTile : Packed {
-  template <class T>
-  static int64_t b_stride(const TileArgs<T>& args) {
-    return args.b_stride;
-  }
-};
+template <class T>
+using PackedTile = Layout<1, kTileStride<T>>;
 // A the transpose of rows of kPanel, as scores are.
-struct Lanes {
-  template <class T, int Rows>
-  static constexpr int64_t a_row(const TileArgs<T>&) {
-    return kPanel<T>;
-  }
-  template <class T, int Rows>
-  static constexpr int64_t a_k(const TileArgs<T>&) {
-    return 1;
-  }
-  template <class T>
-  static int64_t b_stride(const TileArgs<T>& args) {
-    return args.b_stride;
-  }
-};
+template <class T>
+using Lanes = Layout<kPanel<T>, 1>;
 
 // What one step of k multiplies: one element of A with a vector of B, ...
 struct Multiply {
@@ -115,20 +90,22 @@ struct MultiplyPairs {
 // Terms that a register sums up before it is added to the next level. A long chain of additions loses digits that
 // PyTorch, which sums blocks or lanes, keeps; a small tile has time for short chains and registers for a level between
 // them and C, and PyTorch's small products, being dot products over lanes, have the shortest.
-template <int Rows, int Vectors>
-constexpr bool kSmallTile = Rows * Vectors <= kTileRows;
-template <class Step, int Rows, int Vectors>
-constexpr int64_t kChain = kSmallTile<Rows, Vectors>             ? 8
-                           : Rows * Vectors <= 3 * kTileRows / 2 ? 16
-                                                                 : Step::kTerms;
-template <class Step, int Rows, int Vectors>
-constexpr int64_t kStored = kSmallTile<Rows, Vectors> ? 64 : kChain<Step, Rows, Vectors>;
+constexpr bool is_small(int64_t accumulators) { return accumulators <= kTileRows; }
+template <class Step>
+constexpr int64_t chain_terms(int64_t accumulators) {
+  return is_small(accumulators) ? 8 : accumulators <= 3 * kTileRows / 2 ? 16 : Step::kTerms;
+}
+// Terms after which a tile of rows · vectors accumulators adds to C.
+template <class Step>
+constexpr int64_t stored_terms(int64_t accumulators) {
+  return is_small(accumulators) ? 64 : chain_terms<Step>(accumulators);
+}
 
 // Steps of k between two jumps: where strides are known, the steps cost no arithmetic on addresses.
 template <class Layout>
-constexpr int kUnroll = __is_same(Layout, Strided) ? 1 : 4;
+constexpr int kUnroll = Layout::kKnown ? 4 : 1;
 
-template <class Step, class Layout, class T, int Rows, int Vectors>
+template <class Step, class T, int Rows, int Vectors>
 inline void add_product(Vec<T> (&sum)[Rows][Vectors], const T* a, int64_t a_row, const T* b) {
   Vec<T> right[Vectors];
 #pragma GCC unroll 4
@@ -143,21 +120,21 @@ inline void add_product(Vec<T> (&sum)[Rows][Vectors], const T* a, int64_t a_row,
 
 template <class Step, class Layout, class T, int Rows, int Vectors>
 inline void add_products(Vec<T> (&sum)[Rows][Vectors], const TileArgs<T>& args, int64_t begin, int64_t end) {
-  const int64_t a_row = Layout::template a_row<T, Rows>(args), a_k = Layout::template a_k<T, Rows>(args);
-  const int64_t b_stride = Layout::template b_stride<T>(args);
+  const int64_t a_row = Layout::a_row(args), a_k = Layout::a_k(args);
+  const int64_t b_stride = Layout::b_stride(args);
   const T* a = args.a + begin * a_k;
   const T* b = args.b + begin * b_stride;
   int64_t k = begin;
   for (; k + kUnroll<Layout> <= end; k += kUnroll<Layout>) {
 #pragma GCC unroll 4
     for (int u = 0; u < kUnroll<Layout>; ++u) {
-      add_product<Step, Layout, T, Rows, Vectors>(sum, a + u * a_k, a_row, b + u * b_stride);
+      add_product<Step, T, Rows, Vectors>(sum, a + u * a_k, a_row, b + u * b_stride);
     }
     a += kUnroll<Layout> * a_k;
     b += kUnroll<Layout> * b_stride;
   }
   for (; k < end; ++k) {
-    add_product<Step, Layout, T, Rows, Vectors>(sum, a, a_row, b);
+    add_product<Step, T, Rows, Vectors>(sum, a, a_row, b);
     a += a_k;
     b += b_stride;
   }
@@ -165,7 +142,7 @@ inline void add_products(Vec<T> (&sum)[Rows][Vectors], const TileArgs<T>& args, 
 
 template <class Step, class Layout, class T, int Rows, int Vectors, bool Accumulate>
 void tile(const TileArgs<T>& args) {
-  constexpr int64_t chain = kChain<Step, Rows, Vectors>, stored = kStored<Step, Rows, Vectors>;
+  constexpr int64_t chain = chain_terms<Step>(Rows * Vectors), stored = stored_terms<Step>(Rows * Vectors);
   for (int64_t begin = 0; begin < args.k; begin += stored) {
     const int64_t end = min64(begin + stored, args.k);
     Vec<T> sum[Rows][Vectors] = {};
@@ -194,11 +171,21 @@ void tile(const TileArgs<T>& args) {
 }
 
 template <class Step, class Layout, class T, int Vectors, bool Accumulate, int Rows = kTileRows>
-inline void call_tile(int rows, const TileArgs<T>& args) {
+inline void call_rows(int64_t rows, const TileArgs<T>& args) {
   if (rows == Rows) {
     tile<Step, Layout, T, Rows, Vectors, Accumulate>(args);
   } else if constexpr (Rows > 1) {
-    call_tile<Step, Layout, T, Vectors, Accumulate, Rows - 1>(rows, args);
+    call_rows<Step, Layout, T, Vectors, Accumulate, Rows - 1>(rows, args);
+  }
+}
+
+// One tile of C, of 1 to kTileRows rows and 1 to kTileVectors vectors.
+template <class T, bool Accumulate, class Step, class Layout>
+inline void call_tile(int64_t rows, int64_t vectors, const TileArgs<T>& args) {
+  if (vectors == 2) {
+    call_rows<Step, Layout, T, 2, Accumulate>(rows, args);
+  } else {
+    call_rows<Step, Layout, T, 1, Accumulate>(rows, args);
   }
 }
 
@@ -216,29 +203,18 @@ inline void for_each_tile(int64_t m, const F& f) {
   }
 }
 
-// C [m][lanes] (+)= A [m][k] · B [k][lanes] for any m and `vectors` vectors of lanes, at most kTileVectors.
-template <class T, bool Accumulate, class Step = Multiply, class Layout = Strided>
-inline void panel_product(int64_t m, int vectors, const TileArgs<T>& args) {
-  for_each_tile(m, [&](int64_t first, int64_t rows, int64_t) {
-    TileArgs<T> current = args;
-    current.a += first * Layout::template a_row<T, 1>(args);
-    current.c += first * args.c_stride;
-    if (vectors == 2) {
-      call_tile<Step, Layout, T, 2, Accumulate>(int(rows), current);
-    } else {
-      call_tile<Step, Layout, T, 1, Accumulate>(int(rows), current);
-    }
-  });
-}
-
-// C (+)= A · B for any number of lanes, panel by panel; B and C are row-major and padded to whole vectors.
+// C (+)= A · B for any number of rows and lanes, panel by panel; B and C are row-major and padded to whole vectors.
 template <class T, bool Accumulate, class Layout = Strided, class Step = Multiply>
-inline void product(int64_t m, int64_t lanes, TileArgs<T> args) {
+inline void product(int64_t m, int64_t lanes, const TileArgs<T>& args) {
   for (int64_t lane = 0; lane < lanes; lane += kPanel<T>) {
-    int vectors = int(min64(ceil_div(lanes - lane, kLanes<T>), kTileVectors));
-    panel_product<T, Accumulate, Step, Layout>(m, vectors, args);
-    args.b += kPanel<T>;
-    args.c += kPanel<T>;
+    const int64_t vectors = min64(ceil_div(lanes - lane, kLanes<T>), kTileVectors);
+    for_each_tile(m, [&](int64_t first, int64_t rows, int64_t) {
+      TileArgs<T> current = args;
+      current.a += first * Layout::a_row(args);
+      current.b += lane;
+      current.c += first * args.c_stride + lane;
+      call_tile<T, Accumulate, Step, Layout>(rows, vectors, current);
+    });
   }
 }
 

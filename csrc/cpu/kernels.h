@@ -12,17 +12,16 @@ namespace fastvit::cpu {
 // Keys per task of attention_backward_reduce.
 constexpr int64_t kReduceKeys = 64;
 
-// Heads from `first_head` to the last, each cut into `parts` (a power of two, at most max_parts).
+// Heads from `first_head` to the last, each cut into its leaves.
 struct AttentionSplit {
   int64_t first_head = 0;
-  int64_t parts = 1;
-  void* partials = nullptr;  // partial_bytes for each part of these heads, aligned to 64 bytes
+  void* partials = nullptr;  // partial_bytes for each leaf of these heads, aligned to 64 bytes
 };
 
-// What a backward call needs: scratch per thread, how far a head can be cut, and the memory that each part then takes.
+// What a backward call needs: scratch per thread, how many leaves a head has, and the memory that each one's sums take.
 struct AttentionBackwardSizes {
   int64_t scratch_bytes = 0;
-  int64_t max_parts = 1;
+  int64_t leaves = 1;
   int64_t partial_bytes = 0;
 };
 
@@ -34,7 +33,7 @@ struct KernelTable {
   int64_t (*attention_forward_tasks)(const AttentionParams&);
   void (*attention_forward)(const AttentionParams&, int64_t begin, int64_t end);
   int64_t (*attention_forward_scratch)(const AttentionParams&);  // bytes per thread
-  // Whole heads; or the parts of heads and then, when all are done, the slices of keys of their sums.
+  // Whole heads; or the leaves of heads and then, when all are done, the slices of keys of their sums.
   // attention_threads.h decides which.
   AttentionBackwardSizes (*attention_backward_sizes)(const AttentionBackwardParams&);
   void (*attention_backward)(const AttentionBackwardParams&, int64_t begin, int64_t end);

@@ -2,6 +2,7 @@
 // caller's memory to the scratch, and back.
 #pragma once
 
+#include "arena.h"
 #include "gemm.h"
 
 namespace fastvit::cpu::FASTVIT_CAPABILITY {
@@ -14,22 +15,21 @@ struct PackedMatrix {
   int64_t depth;
 
   static int64_t size(int64_t rows, int64_t depth) { return ceil_div(rows, kTileRows) * kTileStride<T> * depth; }
+  static PackedMatrix take(Arena& arena, int64_t rows, int64_t depth) {
+    return {arena.take<T>(size(rows, depth)), rows, depth};
+  }
   T* tile(int64_t index) const { return data + index * kTileStride<T> * depth; }
 };
 
 // C [rows][kPanel] (+)= A [rows][first_k, first_k + k) · B [k][kPanel], at least for the first `rows` rows of A.
 template <class T, bool Accumulate, class Step = Multiply>
-inline void packed_product(const PackedMatrix<T>& a, int64_t rows, int64_t first_k, int64_t k, int vectors, const T* b,
-                           T* c) {
+inline void packed_product(const PackedMatrix<T>& a, int64_t rows, int64_t first_k, int64_t k, int64_t vectors,
+                           const T* b, T* c) {
   constexpr int64_t W = kPanel<T>;
   for_each_tile(a.rows, [&](int64_t first, int64_t count, int64_t tile) {
     if (first >= rows) return;
     const TileArgs<T> args{a.tile(tile) + first_k * kTileStride<T>, 0, 0, b, W, c + first * W, W, k};
-    if (vectors == 2) {
-      call_tile<Step, Packed, T, 2, Accumulate>(int(count), args);
-    } else {
-      call_tile<Step, Packed, T, 1, Accumulate>(int(count), args);
-    }
+    call_tile<T, Accumulate, Step, Packed<T>>(count, vectors, args);
   });
 }
 

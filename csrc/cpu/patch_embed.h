@@ -111,8 +111,8 @@ class PatchEmbed {
               store(grads + t * kTileStride<T> + r, load_first(sources[t] + d + r, length - r));
             }
           }
-          product<T, true, PackedTile>(length, num_columns,
-                                       {grads, 0, 0, patches, width, grad_weight + d * width, width, count});
+          product<T, true, PackedTile<T>>(length, num_columns,
+                                          {grads, 0, 0, patches, width, grad_weight + d * width, width, count});
         });
       }
       for (int64_t d = 0; d < num_rows; ++d) {

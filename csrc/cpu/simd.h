@@ -252,7 +252,10 @@ inline void load_row(const In* source, int64_t count, Compute<In> factor, Comput
   for (; i < count; ++i) target[i] = factor * widen(source[i]);
 }
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX512F__)
+// Lanes [0, count) of a vector of 32 or 16.
+inline __mmask32 first_lanes(int64_t count) { return count >= 32 ? ~0u : count <= 0 ? 0u : (1u << count) - 1; }
+#elif defined(__AVX2__)
 // All bits set in lanes [0, count).
 inline __m256i first_lanes_mask(int64_t count) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(min64(count, 8))), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -265,7 +268,7 @@ inline Vec<Compute<In>> load_first(const In* source, int64_t count) {
   using T = Compute<In>;
 #if defined(__AVX512F__)
   if constexpr (!__is_same(In, double)) {
-    const __mmask16 mask = count >= 16 ? __mmask16(~0) : __mmask16((1u << count) - 1);
+    const __mmask16 mask = __mmask16(first_lanes(count));
     if constexpr (__is_same(In, float)) {
       return (Vec<T>)_mm512_maskz_loadu_ps(mask, source);
     } else {
@@ -329,7 +332,7 @@ inline void store_first(Vec<Compute<Out>> value, int64_t count, Out* target) {
   using T = Compute<Out>;
 #if defined(__AVX512F__)
   if constexpr (!__is_same(Out, double)) {
-    const __mmask16 mask = count >= 16 ? __mmask16(~0) : __mmask16((1u << count) - 1);
+    const __mmask16 mask = __mmask16(first_lanes(count));
     if constexpr (__is_same(Out, float)) {
       return _mm512_mask_storeu_ps(target, mask, (__m512)value);
     } else {

@@ -48,9 +48,6 @@ inline int64_t packed_size(int64_t columns, int64_t k) { return round_up(columns
 // sets of the cache.
 inline int64_t tile_stride(int64_t k) { return (ceil_div(k, kTileDepth) | 1) * kTileDepth; }
 
-// Lanes [0, count) of a vector of 32 or 16.
-inline __mmask32 first_lanes(int64_t count) { return count >= 32 ? ~0u : count <= 0 ? 0u : (1u << count) - 1; }
-
 // The transpose of 16 × 16 pairs: target[i][j] = pair i of row j. By loading quarters of four rows into one vector,
 // half of the shuffles, of which the processor does one per cycle, become loads.
 inline void transpose_pairs(const BFloat16* source, int64_t stride, float* target, int64_t target_stride) {

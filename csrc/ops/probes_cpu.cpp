@@ -56,8 +56,7 @@ std::vector<int64_t> attention_scratch(int64_t seqlen_q, int64_t seqlen_k, int64
   p.head_dim_v = head_dim_v;
   if (bias) p.bias.type = BiasType::kFloat32;
   const cpu::AttentionBackwardSizes backward = cpu::kernels().attention_backward_sizes(p);
-  return {cpu::kernels().attention_forward_scratch(p), backward.scratch_bytes, backward.max_parts,
-          backward.partial_bytes};
+  return {cpu::kernels().attention_forward_scratch(p), backward.scratch_bytes, backward.leaves, backward.partial_bytes};
 }
 
 int64_t held_scratch() { return cpu::held_scratch(); }
