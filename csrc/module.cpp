@@ -37,7 +37,7 @@ PYBIND11_MODULE(_C, m) {
         pybind11::arg("head_dim"), pybind11::arg("head_dim_v"), pybind11::arg("dtype") = "float32",
         pybind11::arg("bias") = false,
         "Return the scratch of attention on the CPU in bytes, linear in the lengths: [forward per thread, backward per "
-        "thread, parts that a head can be cut into, bytes of a part's sums]. At most 4 parts' sums per thread are held "
+        "thread, leaves that a head can be cut into, bytes of a leaf's sums]. At most 8 leaves' sums per thread are held "
         "beside it, and only where heads do not deal out evenly. A thread keeps its scratch until it ends.");
   m.def("held_scratch", &fastvit::held_scratch, "Return the bytes of scratch that the calling thread holds.");
   m.def(

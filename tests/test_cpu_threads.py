@@ -97,13 +97,13 @@ def test_without_a_query_the_gradients_of_key_and_value_are_zero() -> None:
         assert all((grad == 0).all() for grad in grads)
 
 
-def test_the_parts_of_a_head() -> None:
-    # What one head gives to threads: more parts with more queries, up to eight.
-    parts = [_C.attention_scratch(n, n, 64, 64)[2] for n in (1, 197, 1025, 4100)]
-    assert parts[0] == 1
-    assert parts == sorted(parts)
-    assert parts[1] >= 4
-    assert parts[-1] == 8
+def test_the_leaves_of_a_head() -> None:
+    # What one head gives to threads: more leaves with more queries, up to eight.
+    leaves = [_C.attention_scratch(n, n, 64, 64)[2] for n in (1, 197, 1025, 4100)]
+    assert leaves[0] == 1
+    assert leaves == sorted(leaves)
+    assert leaves[1] >= 4
+    assert leaves[-1] == 8
 
 
 def test_scratch_is_linear_in_the_lengths() -> None:
