@@ -7,6 +7,7 @@ import torch
 
 from fastvit.swap import swap
 from fastvit.testing import AttentionCase, assert_close, check_attention, check_model, compare, compare_runs, livened
+from fastvit.testing.rule import BLOCK
 
 
 def sample() -> tuple[torch.Tensor, torch.Tensor]:
@@ -24,6 +25,25 @@ def test_twice_torchs_error_and_one_rounding_pass_and_more_does_not() -> None:
         result = compare(off.float(), expected, torch_result)
         assert result.passed == passed
         assert result.worst_index == (7, 9)
+
+
+@pytest.mark.parametrize("place", [(0, 0), (1, 5), (299, 299)])
+def test_a_large_tensor_is_compared_in_all_its_blocks(place: tuple[int, int]) -> None:
+    expected = torch.randn(300, 300, dtype=torch.float64)
+    expected[150, 7] = torch.nan
+    assert expected.numel() > 2 * BLOCK
+    torch_result = (expected * (1 + 2**-22)).float()
+    torch_error = (torch_result.double() - expected).abs().nan_to_num().max().item()
+    assert compare(expected.float(), expected, torch_result).passed
+    off = expected.float().t().contiguous().t()  # of another layout than the truth
+    off[place] += 1
+    result = compare(off, expected, torch_result)
+    assert (result.worst_index, result.passed) == (place, False)
+    assert result.torch_error == torch_error
+    # PyTorch's own largest error may lie in another block than ours.
+    far = torch_result.clone()
+    far[200, 200] += 0.6
+    assert compare(off, expected, [torch_result, far]).passed
 
 
 def test_of_several_torch_results_the_worst_counts() -> None:

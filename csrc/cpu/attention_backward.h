@@ -286,15 +286,16 @@ class AttentionBackward {
     for_each_run(keys, [&](int64_t begin, int64_t end) {
       Vec<T> part[2] = {};
       for_each_pair(begin, end, [&](int64_t j, auto odd) {
-        const Vec<T> probability = load(p + j * W) * inverse, centred = load(ds + j * W) - delta;
-        store(p + j * W, probability);
-        store(ds + j * W, centred);
-        part[odd.value] += probability * centred;
+        part[odd.value] += load(p + j * W) * inverse * (load(ds + j * W) - delta);
       });
       rest += part[0] + part[1];
     });
     const Vec<T> shift = grad_lse - rest;
-    for (int64_t j = 0; j < keys; ++j) store(ds + j * W, load(p + j * W) * (load(ds + j * W) + shift));
+    for (int64_t j = 0; j < keys; ++j) {
+      const Vec<T> probability = load(p + j * W) * inverse, centred = load(ds + j * W) - delta;
+      store(p + j * W, probability);
+      store(ds + j * W, probability * (centred + shift));
+    }
   }
 
   void write(const View4& view, int64_t batch, int64_t head, int64_t first, int64_t count, const T* source,
