@@ -54,7 +54,8 @@ struct AttentionBackwardParams : AttentionParams {
   View4 grad_value;
 };
 
-// images [B, C, H, W] by any strides, cut into rows × columns patches of patch_height × patch_width pixels.
+// images [B, C, H, W] by any strides, and in them rows × columns patches of patch_height × patch_width pixels, one
+// every patch_row_step × patch_column_step: the patch's own size tiles the image, less overlaps, more leaves gaps.
 struct PatchEmbedParams {
   int64_t batch = 0;
   int64_t in_channels = 0;
@@ -62,6 +63,8 @@ struct PatchEmbedParams {
   int64_t columns = 0;
   int64_t patch_height = 0;
   int64_t patch_width = 0;
+  int64_t patch_row_step = 0;
+  int64_t patch_column_step = 0;
   int64_t embed_dim = 0;
   DType dtype = DType::kFloat32;
   void* images = nullptr;

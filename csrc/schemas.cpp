@@ -20,9 +20,11 @@ STABLE_TORCH_LIBRARY(fastvit_native, m) {
       " Tensor output, Tensor lse, Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, bool is_causal, "
       "float scale)"
       " -> ()");
-  m.def("patch_embed_forward(Tensor images, Tensor weight, Tensor? bias, Tensor(a!) output) -> ()");
+  // Without a stride the patches tile the images.
   m.def(
-      "patch_embed_backward_weight(Tensor grad_output, Tensor images, Tensor(a!) grad_weight, Tensor(b!)? grad_bias)"
-      " -> ()");
+      "patch_embed_forward(Tensor images, Tensor weight, Tensor? bias, Tensor(a!) output, int[2]? stride=None) -> ()");
+  m.def(
+      "patch_embed_backward_weight(Tensor grad_output, Tensor images, Tensor(a!) grad_weight, Tensor(b!)? grad_bias,"
+      " int[2]? stride=None) -> ()");
   m.def("patch_embed_backward_images(Tensor grad_output, Tensor weight, Tensor(a!) grad_images) -> ()");
 }

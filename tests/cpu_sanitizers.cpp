@@ -225,12 +225,16 @@ struct PatchCase {
   int64_t batch, channels, rows, columns, patch_height, patch_width, embed_dim;
   bool channels_last = false;
   bool bias = true;
-  int64_t margin = 0;  // pixels of the image beyond its patches, at the right and at the bottom
-  int64_t gap = 0;     // elements between the tokens
+  int64_t margin = 0;                     // pixels of the image beyond its patches, at the right and at the bottom
+  int64_t gap = 0;                        // elements between the tokens
+  int64_t row_step = 0, column_step = 0;  // from patch to patch; 0 is the patch
 };
 
 void check_patch_embed(const PatchCase& c, DType dtype) {
-  const int64_t height = c.rows * c.patch_height, width = c.columns * c.patch_width, tokens = c.rows * c.columns;
+  const bool tiles = c.row_step == 0;
+  const int64_t row_step = tiles ? c.patch_height : c.row_step, column_step = tiles ? c.patch_width : c.column_step;
+  const int64_t height = (c.rows - 1) * row_step + c.patch_height, tokens = c.rows * c.columns;
+  const int64_t width = (c.columns - 1) * column_step + c.patch_width;
   const int64_t line = width + c.margin, lines = height + c.margin, patch = c.channels * c.patch_height * c.patch_width;
   std::vector<int64_t> steps{c.channels * lines * line, lines * line, line, 1};
   if (c.channels_last) steps = {c.channels * lines * line, 1, line * c.channels, c.channels};
@@ -249,6 +253,7 @@ void check_patch_embed(const PatchCase& c, DType dtype) {
   PatchEmbedParams p;
   p.batch = c.batch, p.in_channels = c.channels, p.rows = c.rows, p.columns = c.columns, p.embed_dim = c.embed_dim;
   p.patch_height = c.patch_height, p.patch_width = c.patch_width, p.dtype = dtype;
+  p.patch_row_step = row_step, p.patch_column_step = column_step;
   p.image_stride = steps[0], p.channel_stride = steps[1], p.height_stride = steps[2], p.width_stride = steps[3];
   p.token_batch_stride = token_steps[1], p.token_stride = token_steps[2];
   const cpu::KernelTable& kernels = cpu::kernels();
@@ -260,13 +265,12 @@ void check_patch_embed(const PatchCase& c, DType dtype) {
   if (!fault.empty()) return;
   run(kernels.patch_embed_backward_weight_tasks, kernels.patch_embed_backward_weight, images, grad_weight, grad_bias,
       grad);
-  run(kernels.patch_embed_backward_images_tasks, kernels.patch_embed_backward_images, grad_images, weight, bias, grad);
 
   // Element k of the patch of token t.
   auto pixel = [&](int64_t b, int64_t t, int64_t k) {
     const int64_t x = k % c.patch_width, y = k / c.patch_width % c.patch_height;
-    return images.get(b, k / (c.patch_width * c.patch_height), t / c.columns * c.patch_height + y,
-                      t % c.columns * c.patch_width + x);
+    return images.get(b, k / (c.patch_width * c.patch_height), t / c.columns * row_step + y,
+                      t % c.columns * column_step + x);
   };
   compare("tokens", output, [&](auto, auto b, auto t, auto d) {
     double sum = c.bias ? bias.get(0, 0, 0, d) : 0;
@@ -287,6 +291,8 @@ void check_patch_embed(const PatchCase& c, DType dtype) {
       return over_tokens([&](int64_t b, int64_t t) { return grad.get(0, b, t, d); });
     });
   }
+  if (!tiles) return;
+  run(kernels.patch_embed_backward_images_tasks, kernels.patch_embed_backward_images, grad_images, weight, bias, grad);
   compare("grad_images", grad_images, [&](auto b, auto channel, auto y, auto x) {
     const int64_t t = y / c.patch_height * c.columns + x / c.patch_width;
     const int64_t k = (channel * c.patch_height + y % c.patch_height) * c.patch_width + x % c.patch_width;
@@ -321,6 +327,10 @@ const PatchCase kPatches[] = {
     {1, 3, 2, 2, 14, 14, 40, true, true, 3, 1},
     {3, 1, 13, 7, 4, 4, 16, false, false},
     {1, 3, 2, 2, 16, 16, 24, false, true, 5},
+    {2, 3, 5, 6, 7, 7, 33, false, true, 0, 0, 4, 4},
+    {2, 3, 3, 5, 7, 7, 17, true, true, 1, 0, 4, 5},
+    {1, 2, 4, 3, 4, 6, 40, false, true, 0, 3, 7, 3},
+    {1, 3, 3, 4, 16, 16, 24, false, false, 0, 0, 8, 19},
 };
 
 }  // namespace

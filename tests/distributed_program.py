@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -283,6 +284,11 @@ def sharding_of_patch_embed(mesh: DeviceMesh) -> None:
         assert got == ([out], grads, {}), got
     got = run_sharded(mesh, fastvit.patch_embed, [x, weight, None], by_batch, (grad, Shard(0)))
     assert got[0] == [Shard(0)], got
+    overlapping = functools.partial(fastvit.patch_embed, stride=(2, 4))
+    grad = normal(4, 9, 6).double()
+    for places, out, grads in rows:
+        got = run_sharded(mesh, overlapping, [x, weight, bias], places, (grad, out))
+        assert got == ([out], grads, {}), got
 
 
 def refusals(mesh: DeviceMesh) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import torch
 from hypothesis import HealthCheck, Phase, settings
@@ -70,18 +71,22 @@ def attention_cases(
 
 @st.composite
 def patch_embed_cases(draw: st.DrawFn, max_grid: int = 9, min_elements: int = MIN_ELEMENTS) -> PatchEmbedCase:
-    """Any patch embedding that the op accepts."""
+    """Any patch embedding that the op accepts: of three, two whose patches tile the images."""
     patch_height = draw(st.one_of(st.sampled_from((4, 8, 14, 16, 32)), st.integers(1, 20)))
     patch_width = draw(st.one_of(st.just(patch_height), st.integers(1, 20)))
     channels = draw(st.sampled_from((1, 3, 4)))
     grid = (draw(st.integers(1, max_grid)), draw(st.integers(1, max_grid)))
     embed_dim = draw(st.one_of(st.sampled_from((32, 192)), st.integers(1, 200)))
-    elements = grid[0] * grid[1] * min(embed_dim, channels * patch_height * patch_width)
-    return PatchEmbedCase(
+    stride, padding = None, (0, 0)
+    if draw(st.integers(0, 2)) == 2:
+        stride = (draw(st.integers(1, patch_height + 2)), draw(st.integers(1, patch_width + 2)))
+        padding = (draw(st.integers(0, (patch_height - 1) // 2)), draw(st.integers(0, (patch_width - 1) // 2)))
+    shape = PatchEmbedCase(grid=grid, patch=(patch_height, patch_width), stride=stride, padding=padding)
+    elements = min(grid[0] * grid[1] * embed_dim, channels * shape.image_size[0] * shape.image_size[1])
+    return replace(
+        shape,
         batch=max(draw(st.integers(1, 3)), -(-min_elements // elements)),
         in_channels=channels,
-        grid=grid,
-        patch=(patch_height, patch_width),
         embed_dim=embed_dim,
         dtype=draw(st.sampled_from(DTYPES)),
         has_bias=draw(st.booleans()),

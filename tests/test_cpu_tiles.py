@@ -62,6 +62,23 @@ def test_patch_embed_at_the_edges_of_tiles(
 
 
 @needs_tiles
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize(
+    ("patch", "stride", "padding"),
+    [
+        ((7, 7), (4, 4), (3, 3)),
+        ((16, 16), (8, 5), (0, 0)),
+        ((8, 8), (9, 11), (0, 3)),
+        ((4, 4), (1, 2), (1, 0)),
+    ],
+)
+def test_patch_embed_with_strides(hold: Callable, patch: tuple, stride: tuple, padding: tuple, layout: str) -> None:
+    for grid in ((17, 19), (3, 5)):
+        case = PatchEmbedCase(2, 3, grid, patch, 97, torch.bfloat16, layout=layout, stride=stride, padding=padding)
+        hold("patch_embed, AMX, strides", check_patch_embed(case, "cpu"), case)
+
+
+@needs_tiles
 @pytest.mark.parametrize("seqlen", [1, 15, 16, 17, 33, 512, 513, 1025])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_attention_at_the_edges_of_blocks(hold: Callable, seqlen: int, is_causal: bool) -> None:

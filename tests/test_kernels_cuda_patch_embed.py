@@ -107,6 +107,30 @@ def test_patch_sizes(
     hold(LABEL, check_patch_embed(case, "cuda"), case)
 
 
+# Overlaps, gaps, both at once. The distance between patches limits how many elements can move at once (8, 4, 2 or 1),
+# unless there is one column of patches.
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize(
+    ("patch", "grid", "stride", "padding"),
+    [
+        ((7, 7), (9, 8), (4, 4), (3, 3)),
+        ((16, 16), (5, 7), (16, 8), (0, 0)),
+        ((16, 16), (5, 6), (7, 4), (0, 2)),
+        ((8, 8), (6, 9), (9, 10), (0, 0)),
+        ((8, 16), (5, 7), (8, 5), (1, 0)),
+        ((4, 6), (6, 11), (7, 3), (1, 2)),
+        ((16, 16), (9, 1), (4, 5), (0, 0)),
+        ((1, 1), (9, 15), (2, 3), (0, 0)),
+    ],
+)
+def test_strides(patch: tuple, grid: tuple, stride: tuple, padding: tuple, layout: str, dtype: Any, hold: Hold) -> None:
+    case = PatchEmbedCase(
+        patch=patch, grid=grid, layout=layout, embed_dim=72, dtype=dtype, stride=stride, padding=padding
+    )
+    hold(LABEL, check_patch_embed(case, "cuda"), case)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("multiprocessors", [1, 64])
 @pytest.mark.parametrize("embed_dim", [1, 7, 32, 96, 192, 200])

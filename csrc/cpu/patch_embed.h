@@ -3,7 +3,8 @@
 // With X [tokens][K] the patches, W [D][K] the weight and Y [tokens][D] the tokens:
 //   forward          Y  = X W^T + b    X packed as gathered, W transposed once per task
 //   backward weight  dW = dY^T X       dY broadcast in place, X as gathered
-//   backward images  dX = dY W         dY broadcast in place, the result scattered without overlap
+//   backward images  dX = dY W         dY broadcast in place, the result scattered: patches that tile the image only
+// Patches that overlap or leave gaps differ in where a patch begins, and in nothing else.
 // On a processor with AMX bfloat16 has a form of its own (patch_embed_tiles.h). With AVX512-BF16 alone the forward
 // multiplies bfloat16 pairs as they lie in memory; elsewhere 16-bit inputs are widened on the way in.
 #pragma once
@@ -250,8 +251,8 @@ class PatchEmbed {
     int64_t y = cell / p_.columns, x = cell % p_.columns;
     for (int64_t t = 0; t < count; ++t) {
       f(t,
-        images_ + image * p_.image_stride + y * p_.patch_height * p_.height_stride +
-            x * p_.patch_width * p_.width_stride,
+        images_ + image * p_.image_stride + y * p_.patch_row_step * p_.height_stride +
+            x * p_.patch_column_step * p_.width_stride,
         tokens_ + image * p_.token_batch_stride + cell * p_.token_stride);
       ++cell;
       if (++x < p_.columns) continue;

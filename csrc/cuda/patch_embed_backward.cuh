@@ -2,7 +2,8 @@
 //
 //   weight  dW [D, K] = dYᵀ X, and the bias's gradient, the column sums of dY. Sums over tokens are split over blocks,
 //           which write float partial sums to scratch memory; a second kernel adds them in order.
-//   images  dX [M, K] = dY W, written to the pixels that each patch was gathered from: they do not overlap.
+//   images  dX [M, K] = dY W, written to the pixels that each patch was gathered from: patches that tile the images
+//   only.
 #pragma once
 
 #include <algorithm>

@@ -71,8 +71,8 @@ inline PatchEmbedArguments patch_embed_arguments(const PatchEmbedParams& params)
   const auto step = [](int64_t size, int64_t stride) { return size == 1 ? 0 : stride; };
   if (p.width_stride == 1) {
     p.pixel_width =
-        vector_width(p.images, {p.patch_width, step(p.batch, p.image_stride), step(p.in_channels, p.channel_stride),
-                                step(p.rows * p.patch_height, p.height_stride)});
+        vector_width(p.images, {p.patch_width, step(p.columns, p.patch_column_step), step(p.batch, p.image_stride),
+                                step(p.in_channels, p.channel_stride), step(p.rows * p.patch_height, p.height_stride)});
   }
   p.weight_width = vector_width(p.weight, {p.patch_size});
   p.token_width =
@@ -93,8 +93,8 @@ __device__ __forceinline__ Chunk place_of(const PatchEmbedArguments& p, int toke
   const int index = token - image * p.by_image.divisor;
   const int row = p.by_columns.quotient(index);
   const int column = index - row * p.by_columns.divisor;
-  const int64_t pixels = product(image, p.image_stride) + product(row, p.patch_height * p.height_stride) +
-                         product(column, p.patch_width * p.width_stride);
+  const int64_t pixels = product(image, p.image_stride) + product(row, p.patch_row_step * p.height_stride) +
+                         product(column, p.patch_column_step * p.width_stride);
   const int64_t tokens = product(image, p.token_batch_stride) + product(index, p.token_stride);
   const auto pixel_bytes = uint64_t(pixels * kElementBytes), token_bytes = uint64_t(tokens * kElementBytes);
   return {{uint32_t(pixel_bytes), uint32_t(pixel_bytes >> 32), uint32_t(token_bytes), uint32_t(token_bytes >> 32)}};

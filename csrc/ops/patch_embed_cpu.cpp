@@ -13,17 +13,17 @@ void run(const Tensor& images, const PatchEmbedParams& p, Tasks tasks, Kernel ke
   torch::stable::parallel_for(0, tasks(p), 1, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
 }
 
-void patch_embed_forward(const Tensor& images, const Tensor& weight, const std::optional<Tensor>& bias,
-                         Tensor& output) {
+void patch_embed_forward(const Tensor& images, const Tensor& weight, const std::optional<Tensor>& bias, Tensor& output,
+                         const PatchStride& stride) {
   const cpu::KernelTable& kernels = cpu::kernels();
-  run(images, patch_embed_params(images, weight, bias, output), kernels.patch_embed_forward_tasks,
+  run(images, patch_embed_params(images, weight, bias, output, stride), kernels.patch_embed_forward_tasks,
       kernels.patch_embed_forward);
 }
 
 void patch_embed_backward_weight(const Tensor& grad_output, const Tensor& images, Tensor& grad_weight,
-                                 const std::optional<Tensor>& grad_bias) {
+                                 const std::optional<Tensor>& grad_bias, const PatchStride& stride) {
   const cpu::KernelTable& kernels = cpu::kernels();
-  run(images, patch_embed_params(images, grad_weight, grad_bias, grad_output),
+  run(images, patch_embed_params(images, grad_weight, grad_bias, grad_output, stride),
       kernels.patch_embed_backward_weight_tasks, kernels.patch_embed_backward_weight);
 }
 

@@ -7,9 +7,9 @@
 namespace fastvit {
 namespace {
 
-void patch_embed_forward(const Tensor& images, const Tensor& weight, const std::optional<Tensor>& bias,
-                         Tensor& output) {
-  const PatchEmbedParams p = patch_embed_params(images, weight, bias, output);
+void patch_embed_forward(const Tensor& images, const Tensor& weight, const std::optional<Tensor>& bias, Tensor& output,
+                         const PatchStride& stride) {
+  const PatchEmbedParams p = patch_embed_params(images, weight, bias, output, stride);
   const CudaCall call({{images, "images"}, {weight, "weight"}, {bias, "bias"}}, {{output, "output"}});
   call.run(
       p.dtype, [&] { cuda::patch_embed_forward_fp16(p, call.stream()); },
@@ -26,8 +26,8 @@ Tensor weight_scratch(const Tensor& grad_output, const PatchEmbedParams& p) {
 }
 
 void patch_embed_backward_weight(const Tensor& grad_output, const Tensor& images, Tensor& grad_weight,
-                                 const std::optional<Tensor>& grad_bias) {
-  const PatchEmbedParams p = patch_embed_params(images, grad_weight, grad_bias, grad_output);
+                                 const std::optional<Tensor>& grad_bias, const PatchStride& stride) {
+  const PatchEmbedParams p = patch_embed_params(images, grad_weight, grad_bias, grad_output, stride);
   const Tensor scratch = weight_scratch(grad_output, p);
   const CudaCall call({{grad_output, "grad_output"}, {images, "images"}},
                       {{grad_weight, "grad_weight"}, {grad_bias, "grad_bias"}, {scratch, "scratch"}});

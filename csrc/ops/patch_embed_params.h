@@ -1,12 +1,23 @@
 // Tensors of a patch embedding → params, checked; the same on every device.
 #pragma once
 
+#include <vector>
+
 #include "../checks.h"
 
 namespace fastvit {
 
+// In pixels from one patch to the next, down and to the right; without one the patches tile the images.
+using PatchStride = std::optional<std::vector<int64_t>>;
+
+// Whole patches along `pixels`, as a convolution counts them.
+inline int64_t patches_along(int64_t pixels, int64_t patch, int64_t step) {
+  return pixels < patch ? 0 : (pixels - patch) / step + 1;
+}
+
 inline PatchEmbedParams patch_embed_params(const Tensor& images, const Tensor& weight,
-                                           const std::optional<Tensor>& bias, const Tensor& tokens) {
+                                           const std::optional<Tensor>& bias, const Tensor& tokens,
+                                           const PatchStride& stride = {}) {
   STD_TORCH_CHECK(images.dim() == 4 && weight.dim() == 4, "images, weight: accepted are four dimensions");
   PatchEmbedParams p;
   p.dtype = dtype_of(images, "images");
@@ -17,10 +28,19 @@ inline PatchEmbedParams patch_embed_params(const Tensor& images, const Tensor& w
   p.patch_width = weight.sizes()[3];
   STD_TORCH_CHECK(p.embed_dim > 0 && p.in_channels > 0 && p.patch_height > 0 && p.patch_width > 0,
                   "weight: accepted are sizes of at least 1");
-  STD_TORCH_CHECK(images.sizes()[2] % p.patch_height == 0 && images.sizes()[3] % p.patch_width == 0,
-                  "images: accepted are multiples of the patch");
-  p.rows = images.sizes()[2] / p.patch_height;
-  p.columns = images.sizes()[3] / p.patch_width;
+  p.patch_row_step = p.patch_height;
+  p.patch_column_step = p.patch_width;
+  if (stride.has_value()) {
+    STD_TORCH_CHECK(stride->size() == 2 && (*stride)[0] > 0 && (*stride)[1] > 0,
+                    "stride: accepted are two numbers of at least 1");
+    p.patch_row_step = (*stride)[0];
+    p.patch_column_step = (*stride)[1];
+  } else {
+    STD_TORCH_CHECK(images.sizes()[2] % p.patch_height == 0 && images.sizes()[3] % p.patch_width == 0,
+                    "images: accepted are multiples of the patch");
+  }
+  p.rows = patches_along(images.sizes()[2], p.patch_height, p.patch_row_step);
+  p.columns = patches_along(images.sizes()[3], p.patch_width, p.patch_column_step);
   check_shape(weight, "weight", {p.embed_dim, p.in_channels, p.patch_height, p.patch_width});
   check_shape(tokens, "tokens", {p.batch, p.rows * p.columns, p.embed_dim});
   check_like(weight, "weight", images, images.scalar_type());

@@ -160,16 +160,17 @@ def _spec(case: Case, device: torch.device) -> Spec:
         bias_dtype = {None: None, "bool": torch.bool, "additive": case.dtype, "float32": torch.float32}[case.bias]
         sizes = (case.batch, case.num_heads, case.seqlen_q, case.seqlen_k, case.head_dim, case.head_dim_v)
         return AttentionSpec(*sizes, case.dtype, bias_dtype, case.is_causal, device)
-    (rows, columns), (height, width) = case.grid, case.patch
-    pixels = (rows * height, columns * width)
-    return PatchEmbedSpec(case.batch, case.in_channels, *pixels, height, width, case.embed_dim, case.dtype, device)
+    height, width = (size + 2 * margin for size, margin in zip(case.image_size, case.padding, strict=True))
+    patch = (case.batch, case.in_channels, height, width, *case.patch, case.embed_dim)
+    return PatchEmbedSpec(*patch, case.dtype, device, case.stride)
 
 
 def _shape(case: Case) -> str:
     if isinstance(case, PatchEmbedCase):
-        (rows, columns), (height, width) = case.grid, case.patch
-        image = f"B{case.batch} C{case.in_channels} {rows * height}×{columns * width}"
-        return f"{image} p{height}×{width} D{case.embed_dim} {case.layout}"
+        (rows, columns), (height, width) = case.image_size, case.patch
+        image = f"B{case.batch} C{case.in_channels} {rows}×{columns}"
+        steps = f"/{case.stride[0]}×{case.stride[1]}" if case.stride else ""
+        return f"{image} p{height}×{width}{steps} D{case.embed_dim} {case.layout}"
     lengths = f"N{case.seqlen_q}" if case.seqlen_q == case.seqlen_k else f"Nq{case.seqlen_q} Nk{case.seqlen_k}"
     features = [f"{case.bias} bias"] if case.bias else []
     features += ["causal"] if case.is_causal else []

@@ -11,7 +11,7 @@ import functools
 import importlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -121,12 +121,13 @@ def patch_embed_why_not(spec: PatchEmbedSpec) -> list[str]:
     reasons = _device_why_not(spec.device)
     if spec.dtype not in DTYPES:
         reasons.append(f"dtype {spec.dtype}: only float16 and bfloat16")
-    tokens = spec.batch * (spec.height // spec.patch_height) * (spec.width // spec.patch_width)
+    rows, columns = spec.grid
+    tokens = spec.batch * rows * columns
     patch_size = spec.in_channels * spec.patch_height * spec.patch_width
     sizes = {"batch · tokens": tokens, "channels · patch height · patch width": patch_size, "embed_dim": spec.embed_dim}
     reasons += [f"{name} is {size}, over 2^30" for name, size in sizes.items() if size > MAX_ITEMS]
-    rows, *columns = (-(-size // 128) for size in (tokens, patch_size, spec.embed_dim))
-    if max(rows * max(columns), columns[0] * columns[1]) > MAX_BLOCKS:
+    down, *across = (-(-size // 128) for size in (tokens, patch_size, spec.embed_dim))
+    if max(down * max(across), across[0] * across[1]) > MAX_BLOCKS:
         reasons.append("a result has over 2^31 tiles of 128 × 128")
     return reasons
 
@@ -179,18 +180,27 @@ def attention_backward(
     )
 
 
-def patch_embed_forward(images: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor) -> None:
-    """Write the tokens [B, N, D] of ``images`` [B, C, H, W] under ``weight`` [D, C, Ph, Pw] to ``output``."""
-    _ops(images).patch_embed_forward(images, weight, bias, output)
+def patch_embed_forward(
+    images: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor, stride: Sequence[int] | None = None
+) -> None:
+    """Write the tokens [B, N, D] of ``images`` [B, C, H, W] under ``weight`` [D, C, Ph, Pw] to ``output``.
+
+    ``stride``: pixels from one patch to the next, (down, right); None is the patch.
+    """
+    _ops(images).patch_embed_forward(images, weight, bias, output, stride)
 
 
 def patch_embed_backward_weight(
-    grad_output: Tensor, images: Tensor, grad_weight: Tensor, grad_bias: Tensor | None
+    grad_output: Tensor,
+    images: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor | None,
+    stride: Sequence[int] | None = None,
 ) -> None:
     """Write the gradients of the weight [D, C, Ph, Pw] and, unless it is None, of the bias [D]; deterministic."""
-    _ops(images).patch_embed_backward_weight(grad_output, images, grad_weight, grad_bias)
+    _ops(images).patch_embed_backward_weight(grad_output, images, grad_weight, grad_bias, stride)
 
 
 def patch_embed_backward_images(grad_output: Tensor, weight: Tensor, grad_images: Tensor) -> None:
-    """Write the gradient of the images [B, C, H, W]."""
+    """Write the gradient of the images [B, C, H, W], which the patches tile."""
     _ops(grad_images).patch_embed_backward_images(grad_output, weight, grad_images)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -92,18 +93,27 @@ def attention_backward(
     )
 
 
-def patch_embed_forward(images: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor) -> None:
-    """Write the tokens [B, N, D] of ``images`` [B, C, H, W] under ``weight`` [D, C, Ph, Pw] to ``output``."""
-    torch.ops.fastvit_native.patch_embed_forward(images, weight, bias, output)
+def patch_embed_forward(
+    images: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor, stride: Sequence[int] | None = None
+) -> None:
+    """Write the tokens [B, N, D] of ``images`` [B, C, H, W] under ``weight`` [D, C, Ph, Pw] to ``output``.
+
+    ``stride``: pixels from one patch to the next, (down, right); None is the patch.
+    """
+    torch.ops.fastvit_native.patch_embed_forward(images, weight, bias, output, stride)
 
 
 def patch_embed_backward_weight(
-    grad_output: Tensor, images: Tensor, grad_weight: Tensor, grad_bias: Tensor | None
+    grad_output: Tensor,
+    images: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor | None,
+    stride: Sequence[int] | None = None,
 ) -> None:
     """Write the gradients of the weight [D, C, Ph, Pw] and, unless it is None, of the bias [D]; deterministic."""
-    torch.ops.fastvit_native.patch_embed_backward_weight(grad_output, images, grad_weight, grad_bias)
+    torch.ops.fastvit_native.patch_embed_backward_weight(grad_output, images, grad_weight, grad_bias, stride)
 
 
 def patch_embed_backward_images(grad_output: Tensor, weight: Tensor, grad_images: Tensor) -> None:
-    """Write the gradient of the images [B, C, H, W]."""
+    """Write the gradient of the images [B, C, H, W], which the patches tile."""
     torch.ops.fastvit_native.patch_embed_backward_images(grad_output, weight, grad_images)

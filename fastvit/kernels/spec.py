@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ class AttentionSpec(NamedTuple):
 
 
 class PatchEmbedSpec(NamedTuple):
-    """Metadata of one patch-embedding call; sizes in elements or pixels."""
+    """Metadata of one patch-embedding call; sizes in elements or pixels, ``stride`` None where the patches tile."""
 
     batch: int
     in_channels: int
@@ -36,6 +37,22 @@ class PatchEmbedSpec(NamedTuple):
     embed_dim: int
     dtype: torch.dtype
     device: torch.device
+    stride: tuple[int, int] | None = None
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The rows and columns of patches in one image."""
+        return patch_grid((self.height, self.width), (self.patch_height, self.patch_width), self.stride)
+
+
+def patch_grid(image: Sequence[int], patch: Sequence[int], stride: Sequence[int] | None = None) -> tuple[int, int]:
+    """Return the rows and columns of whole patches in an image, all given as (height, width).
+
+    As a convolution counts them; a stride of None is the patch, and the image then a multiple of it.
+    """
+    if stride is None:
+        return image[0] // patch[0], image[1] // patch[1]
+    return (image[0] - patch[0]) // stride[0] + 1, (image[1] - patch[1]) // stride[1] + 1
 
 
 Spec = AttentionSpec | PatchEmbedSpec

@@ -35,9 +35,10 @@ def _folded_bias(bias: Tensor | None, dim: int | None, size: int, batch: int) ->
     return None if bias is None else bias.expand(-1, batch, -1, -1, -1).flatten(0, 1)
 
 
-def _one_by_one(op: Callable[..., Any], size: int, dims: Dims, args: tuple[Any, ...]) -> tuple[Any, Any]:
+def _one_by_one(op: Callable[..., Any], size: int, dims: Dims, args: tuple[Any, ...], *rest: Any) -> tuple[Any, Any]:
+    """Call ``op`` for each entry; ``args`` are its tensors and what may stand for one, ``rest`` is as it is."""
     calls = [
-        op(*(arg if dim is None else arg.select(dim, index) for arg, dim in zip(args, dims, strict=True)))
+        op(*(arg if dim is None else arg.select(dim, index) for arg, dim in zip(args, dims, strict=False)), *rest)
         for index in range(size)
     ]
     if isinstance(calls[0], tuple):
@@ -64,38 +65,38 @@ def _attention_rule(op: Callable[..., Any], bias_at: int, query_at: int, tensors
     return rule
 
 
-def _patch_embed(info: Any, dims: Dims, images: Tensor, weight: Tensor, bias: Tensor | None, backend: Any) -> Any:
+def _patch_embed(info: Any, dims: Dims, images: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
     op, size = torch.ops.fastvit.patch_embed, info.batch_size
-    images_dim, weight_dim, bias_dim, _ = dims
+    images_dim, weight_dim, bias_dim = dims[:3]
     if weight_dim is None and bias_dim is None:
-        tokens = op(_folded(images, images_dim, size), weight, bias, backend)
+        tokens = op(_folded(images, images_dim, size), weight, bias, *rest)
         return tokens.unflatten(0, (size, -1) if images.numel() else (size, 0)), 0
     if images_dim is None:
         # An ensemble on the same images is one embedding of size × D features.
-        tokens = op(images, _folded(weight, weight_dim, size), _folded(bias, bias_dim, size), backend)
+        tokens = op(images, _folded(weight, weight_dim, size), _folded(bias, bias_dim, size), *rest)
         return tokens.unflatten(2, (size, -1)), 2
-    return _one_by_one(op, size, dims, (images, weight, bias, backend))
+    return _one_by_one(op, size, dims, (images, weight, bias), *rest)
 
 
 def _patch_embed_backward_weight(
-    info: Any, dims: Dims, grad_output: Tensor, images: Tensor, weight: Tensor, backend: Any
+    info: Any, dims: Dims, grad_output: Tensor, images: Tensor, weight: Tensor, *rest: Any
 ) -> Any:
     op, size = torch.ops.fastvit.patch_embed_backward_weight, info.batch_size
     if dims[1] is not None:
-        return _one_by_one(op, size, dims, (grad_output, images, weight, backend))
+        return _one_by_one(op, size, dims, (grad_output, images, weight), *rest)
     grad_output = grad_output.expand(size, *grad_output.shape) if dims[0] is None else grad_output.movedim(dims[0], 0)
     features = grad_output.permute(1, 2, 0, 3).flatten(2)  # [B, N, size · D]
-    grads = op(features, images, _folded(weight, dims[2], size), backend)
+    grads = op(features, images, _folded(weight, dims[2], size), *rest)
     return tuple(grad.unflatten(0, (size, -1)) for grad in grads), (0, 0)
 
 
 def _patch_embed_backward_images(
-    info: Any, dims: Dims, grad_output: Tensor, images: Tensor, weight: Tensor, backend: Any
+    info: Any, dims: Dims, grad_output: Tensor, images: Tensor, weight: Tensor, *rest: Any
 ) -> Any:
     op, size = torch.ops.fastvit.patch_embed_backward_images, info.batch_size
     if dims[2] is not None:
-        return _one_by_one(op, size, dims, (grad_output, images, weight, backend))
-    folded = op(_folded(grad_output, dims[0], size), _folded(images, dims[1], size), weight, backend)
+        return _one_by_one(op, size, dims, (grad_output, images, weight), *rest)
+    folded = op(_folded(grad_output, dims[0], size), _folded(images, dims[1], size), weight, *rest)
     return folded.unflatten(0, (size, -1)), 0
 
 

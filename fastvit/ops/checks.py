@@ -80,6 +80,18 @@ def check_bias(name: str, bias: Tensor | None, query: Tensor, scores_shape: tupl
     return bias
 
 
+def check_pair(name: str, value: object, least: int) -> tuple[int, int]:
+    """Return (height, width) of ``value``, one integer of at least ``least`` or two of them, else raise."""
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    accepted = f"accepted are an integer of at least {least} and a pair of them"
+    # In a graph with dynamic shapes a size may be symbolic; a bool is an int to Python, and a mistake here.
+    if any(isinstance(side, bool) or not isinstance(side, (int, torch.SymInt)) for side in pair):
+        raise TypeError(f"{name}: got {value!r}; {accepted}")
+    if len(pair) != 2 or any(side < least for side in pair):
+        raise ValueError(f"{name}: got {value!r}; {accepted}")
+    return pair[0], pair[1]
+
+
 def rows_contiguous(tensor: Tensor) -> Tensor:
     """Return ``tensor``, copied if its last dimension is not contiguous: the one layout that kernels ask for."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()

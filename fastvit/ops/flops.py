@@ -7,10 +7,13 @@ sdpa_backward_flop_count); Dao 2023 (FlashAttention-2), section 4.1, for backwar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
 import torch
+
+from fastvit.kernels.spec import patch_grid
 
 Shape = tuple[int, ...]
 
@@ -37,13 +40,16 @@ def _attention_qkvpacked_backward(grad_output: Any, grad_lse: Any, qkv: Shape, *
     return _attention_backward(grad_output, grad_lse, *[_unpacked(qkv)] * 3)
 
 
-def _patch_embed(images: Shape, weight: Shape, *_: Any, **__: Any) -> int:
-    patches = images[0] * (images[2] // weight[2]) * (images[3] // weight[3])
-    return 2 * patches * prod(weight)
+def _patch_embed(
+    images: Shape, weight: Shape, bias: Any, backend: Any, stride: Sequence[int] | None = None, **_: Any
+) -> int:
+    return 2 * images[0] * prod(patch_grid(images[2:], weight[2:], stride)) * prod(weight)
 
 
-def _patch_embed_backward(_: Any, images: Shape, weight: Shape, *__: Any, **___: Any) -> int:
-    return _patch_embed(images, weight)
+def _patch_embed_backward(
+    _: Any, images: Shape, weight: Shape, backend: Any, stride: Sequence[int] | None = None, **__: Any
+) -> int:
+    return _patch_embed(images, weight, None, backend, stride)
 
 
 def register_flops() -> None:

@@ -5,36 +5,55 @@ The order of this file is the way of a call: check → schema → fake → autog
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fastvit.kernels.spec import PatchEmbedSpec
+from fastvit.kernels.spec import PatchEmbedSpec, patch_grid
 from fastvit.ops.autocast import register_autocast
 from fastvit.ops.autograd import register_autograd
 from fastvit.ops.backends import check_backend_name, requested_backend, select
 from fastvit.ops.batching import register_patch_embed_batching
-from fastvit.ops.checks import check_same, check_tensor, rows_contiguous
+from fastvit.ops.checks import check_pair, check_same, check_tensor, rows_contiguous
 
 
-def patch_embed(images: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
-    """Return the tokens of ``images``: a convolution whose stride is its kernel, written as [B, N, D] directly.
+def patch_embed(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int | tuple[int, int] | None = None,
+    padding: int | tuple[int, int] = 0,
+    backend: str | None = None,
+) -> Tensor:
+    """Return the tokens of ``images``: a convolution from pixels, written as [B, N, D] directly.
 
     Args:
         images: [B, C, H, W], NCHW or channels_last, read in place; float16, bfloat16, float32 or float64.
-        weight: [D, C, Ph, Pw], Conv2d's own parameter; H and W must be multiples of Ph and Pw.
+        weight: [D, C, Ph, Pw], Conv2d's own parameter.
         bias: [D] or None.
+        stride: pixels from one patch to the next, one number or (down, right), as Conv2d's; None is the patch. Less
+            than the patch makes patches overlap, more leaves gaps between them.
+        padding: zeros around the images, one number or (above and below, left and right), as Conv2d's. They are added
+            by ``torch.nn.functional.pad``, which copies the images once.
         backend: run on this backend or raise; None chooses from the measured order.
 
     Returns:
-        [B, N, D], contiguous, N = (H / Ph) · (W / Pw), row by row: ``conv2d(…).flatten(2).transpose(1, 2)``.
+        [B, N, D], contiguous, row by row: ``conv2d(…).flatten(2).transpose(1, 2)``. There are (H + 2 padding − Ph) //
+        stride + 1 rows of patches, and columns likewise; pixels beyond the last whole patch are dropped. Only with
+        neither stride nor padding given, H and W must be multiples of Ph and Pw.
+
+    The gradient of the images is a sum over patches where these overlap, and zero in gaps: with a stride other than the
+    patch it is PyTorch's own (``aten::convolution_backward``), whatever the backend. Everything else is the backend's.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
         RuntimeError: the requested backend cannot run the call.
 
-    Source: Dosovitskiy et al. 2021, equation 1.
+    Source: Dosovitskiy et al. 2021, equation 1; Li et al. 2022 (MViTv2) for patches that overlap.
     """
     check_tensor("images", images, 4, "[B, C, H, W]")
     check_tensor("weight", weight, 4, "[D, C, Ph, Pw]")
@@ -48,11 +67,15 @@ def patch_embed(images: Tensor, weight: Tensor, bias: Tensor | None = None, *, b
             f"images: got {channels} channels in shape {tuple(images.shape)}; weight {tuple(weight.shape)} accepts "
             f"{weight_channels}"
         )
-    if height < patch_height or width < patch_width:
+    above, left = check_pair("padding", padding, 0)
+    tiles = stride is None and not (above or left)
+    if height + 2 * above < patch_height or width + 2 * left < patch_width:
+        padded = f" and padding {above}×{left}" if above or left else ""
         raise ValueError(
-            f"images: got {height}×{width} pixels; accepted is at least one patch of {patch_height}×{patch_width}"
+            f"images: got {height}×{width} pixels{padded}; accepted is at least one patch of "
+            f"{patch_height}×{patch_width}"
         )
-    if height % patch_height or width % patch_width:
+    if tiles and (height % patch_height or width % patch_width):
         raise ValueError(
             f"images: got {height}×{width} pixels; accepted are multiples of the patch {patch_height}×{patch_width}"
         )
@@ -62,52 +85,69 @@ def patch_embed(images: Tensor, weight: Tensor, bias: Tensor | None = None, *, b
         if bias.shape[0] != embed_dim:
             raise ValueError(f"bias: got shape {tuple(bias.shape)}; accepted is ({embed_dim},), weight's first size")
     check_backend_name(backend)
+    if tiles:
+        return torch.ops.fastvit.patch_embed(images, weight, bias, backend)
+    steps = (patch_height, patch_width) if stride is None else check_pair("stride", stride, 1)
+    if above or left:
+        images = F.pad(images, (left, left, above, above))
+    if steps != (patch_height, patch_width):
+        return torch.ops.fastvit.patch_embed(images, weight, bias, backend, steps)
+    height, width = images.shape[2:]
+    if height % patch_height or width % patch_width:
+        images = images[:, :, : height // patch_height * patch_height, : width // patch_width * patch_width]
     return torch.ops.fastvit.patch_embed(images, weight, bias, backend)
 
 
+# Without a stride the patches tile the images, and every kernel may rely on that.
 _LIBRARY = torch.library.Library("fastvit", "FRAGMENT")
-_LIBRARY.define("patch_embed(Tensor images, Tensor weight, Tensor? bias, str? backend) -> Tensor")
 _LIBRARY.define(
-    "patch_embed_backward_weight(Tensor grad_output, Tensor images, Tensor weight, str? backend)"
-    " -> (Tensor grad_weight, Tensor grad_bias)"
+    "patch_embed(Tensor images, Tensor weight, Tensor? bias, str? backend, SymInt[2]? stride=None) -> Tensor"
 )
 _LIBRARY.define(
-    "patch_embed_backward_images(Tensor grad_output, Tensor images, Tensor weight, str? backend) -> Tensor grad_images"
+    "patch_embed_backward_weight(Tensor grad_output, Tensor images, Tensor weight, str? backend,"
+    " SymInt[2]? stride=None) -> (Tensor grad_weight, Tensor grad_bias)"
+)
+_LIBRARY.define(
+    "patch_embed_backward_images(Tensor grad_output, Tensor images, Tensor weight, str? backend,"
+    " SymInt[2]? stride=None) -> Tensor grad_images"
 )
 
+Stride = Sequence[int] | None
 
-def _spec(images: Tensor, weight: Tensor) -> PatchEmbedSpec:
+
+def _spec(images: Tensor, weight: Tensor, stride: Stride) -> PatchEmbedSpec:
     batch, channels, height, width = images.shape
     embed_dim, _, patch_height, patch_width = weight.shape
-    return PatchEmbedSpec(
-        batch, channels, height, width, patch_height, patch_width, embed_dim, images.dtype, images.device
-    )
+    sizes = (batch, channels, height, width, patch_height, patch_width, embed_dim)
+    return PatchEmbedSpec(*sizes, images.dtype, images.device, None if stride is None else (stride[0], stride[1]))
 
 
-def _allocate_tokens(images: Tensor, weight: Tensor) -> Tensor:
-    batch, _, height, width = images.shape
-    embed_dim, _, patch_height, patch_width = weight.shape
-    return images.new_empty(batch, (height // patch_height) * (width // patch_width), embed_dim)
+def _allocate_tokens(images: Tensor, weight: Tensor, stride: Stride) -> Tensor:
+    rows, columns = patch_grid(images.shape[2:], weight.shape[2:], stride)
+    return images.new_empty(images.shape[0], rows * columns, weight.shape[0])
 
 
 @torch.library.impl(_LIBRARY, "patch_embed", "CompositeExplicitAutograd")
-def _patch_embed(images: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None) -> Tensor:
-    kernels = select(_spec(images, weight), backend)
-    output = _allocate_tokens(images, weight)
+def _patch_embed(
+    images: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None, stride: Stride = None
+) -> Tensor:
+    kernels = select(_spec(images, weight, stride), backend)
+    output = _allocate_tokens(images, weight, stride)
     if output.numel():
-        kernels.patch_embed_forward(images, weight.contiguous(), None if bias is None else bias.contiguous(), output)
+        contiguous_bias = None if bias is None else bias.contiguous()
+        kernels.patch_embed_forward(images, weight.contiguous(), contiguous_bias, output, stride)
     return output
 
 
 @torch.library.impl(_LIBRARY, "patch_embed_backward_weight", "CompositeExplicitAutograd")
 def _patch_embed_backward_weight(
-    grad_output: Tensor, images: Tensor, weight: Tensor, backend: str | None
+    grad_output: Tensor, images: Tensor, weight: Tensor, backend: str | None, stride: Stride = None
 ) -> tuple[Tensor, Tensor]:
-    kernels = select(_spec(images, weight), backend)
+    kernels = select(_spec(images, weight, stride), backend)
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     grad_bias = weight.new_empty(weight.shape[0])
     if grad_output.numel():
-        kernels.patch_embed_backward_weight(rows_contiguous(grad_output), images, grad_weight, grad_bias)
+        kernels.patch_embed_backward_weight(rows_contiguous(grad_output), images, grad_weight, grad_bias, stride)
     else:
         grad_weight.zero_()
         grad_bias.zero_()
@@ -115,35 +155,55 @@ def _patch_embed_backward_weight(
 
 
 @torch.library.impl(_LIBRARY, "patch_embed_backward_images", "CompositeExplicitAutograd")
-def _patch_embed_backward_images(grad_output: Tensor, images: Tensor, weight: Tensor, backend: str | None) -> Tensor:
-    kernels = select(_spec(images, weight), backend)
+def _patch_embed_backward_images(
+    grad_output: Tensor, images: Tensor, weight: Tensor, backend: str | None, stride: Stride = None
+) -> Tensor:
+    kernels = select(_spec(images, weight, stride), backend)
     grad_images = torch.empty_like(images)
-    if grad_output.numel():
+    if not grad_output.numel():
+        return grad_images
+    if stride is None:
         kernels.patch_embed_backward_images(rows_contiguous(grad_output), weight.contiguous(), grad_images)
-    return grad_images
+        return grad_images
+    grid = grad_output.transpose(1, 2).unflatten(2, patch_grid(images.shape[2:], weight.shape[2:], stride))
+    summed = _convolution_backward(grid, images, weight, stride)
+    # A graph was told empty_like's strides, and every layout of the result has its own.
+    return summed if summed.stride() == grad_images.stride() else grad_images.copy_(summed)
+
+
+def _convolution_backward(grid: Tensor, images: Tensor, weight: Tensor, stride: Sequence[int]) -> Tensor:
+    """Return PyTorch's gradient of the images, which sums the patches that overlap, from that of the grid of tokens."""
+    no_padding, no_dilation, wants_images_only = [0, 0], [1, 1], [True, False, False]
+    gradients = torch.ops.aten.convolution_backward(
+        grid, images, weight, None, stride, no_padding, no_dilation, False, no_padding, 1, wants_images_only
+    )
+    return gradients[0]
 
 
 @torch.library.register_fake("fastvit::patch_embed", lib=_LIBRARY)
-def _patch_embed_fake(images: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None) -> Tensor:
-    return _allocate_tokens(images, weight)
+def _patch_embed_fake(
+    images: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None, stride: Stride = None
+) -> Tensor:
+    return _allocate_tokens(images, weight, stride)
 
 
 @torch.library.register_fake("fastvit::patch_embed_backward_weight", lib=_LIBRARY)
 def _patch_embed_backward_weight_fake(
-    grad_output: Tensor, images: Tensor, weight: Tensor, backend: str | None
+    grad_output: Tensor, images: Tensor, weight: Tensor, backend: str | None, stride: Stride = None
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(weight, memory_format=torch.contiguous_format), weight.new_empty(weight.shape[0])
 
 
 @torch.library.register_fake("fastvit::patch_embed_backward_images", lib=_LIBRARY)
 def _patch_embed_backward_images_fake(
-    grad_output: Tensor, images: Tensor, weight: Tensor, backend: str | None
+    grad_output: Tensor, images: Tensor, weight: Tensor, backend: str | None, stride: Stride = None
 ) -> Tensor:
     return torch.empty_like(images)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    images, weight, bias, backend = inputs
+    # The dispatcher leaves out a stride of None, the default.
+    images, weight, bias, backend, *ctx.stride = inputs
     # The backward may run in another thread, which does not see the enclosing `fastvit.backend` block.
     ctx.backend = requested_backend(backend)
     ctx.has_bias = bias is not None
@@ -155,10 +215,12 @@ def _differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     wants_images, wants_weight, wants_bias = ctx.needs_input_grad[:3]
     grad_images = grad_weight = grad_bias = None
     if wants_images:
-        grad_images = torch.ops.fastvit.patch_embed_backward_images(grad_output, images, weight, ctx.backend)
+        op = torch.ops.fastvit.patch_embed_backward_images
+        grad_images = op(grad_output, images, weight, ctx.backend, *ctx.stride)
     if wants_weight or wants_bias:
-        grad_weight, grad_bias = torch.ops.fastvit.patch_embed_backward_weight(grad_output, images, weight, ctx.backend)
-    return grad_images, grad_weight, grad_bias if ctx.has_bias else None, None
+        op = torch.ops.fastvit.patch_embed_backward_weight
+        grad_weight, grad_bias = op(grad_output, images, weight, ctx.backend, *ctx.stride)
+    return grad_images, grad_weight, grad_bias if ctx.has_bias else None, None, *[None] * len(ctx.stride)
 
 
 def _refuse_double_backward(ctx: Any, *_: Tensor | None) -> None:

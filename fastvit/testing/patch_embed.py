@@ -15,7 +15,10 @@ from fastvit.testing.rule import Comparison, compare
 
 @dataclass(frozen=True)
 class PatchEmbedCase:
-    """One patch-embedding problem, reproducible from its fields; ``layout`` is "nchw" or "nhwc" (channels_last)."""
+    """One patch-embedding problem, reproducible from its fields; ``layout`` is "nchw" or "nhwc" (channels_last).
+
+    ``grid`` counts patches down and along; ``stride`` (None is the patch) and ``padding`` then make the images' size.
+    """
 
     batch: int = 2
     in_channels: int = 3
@@ -26,6 +29,15 @@ class PatchEmbedCase:
     has_bias: bool = True
     layout: str = "nchw"
     seed: int = 0
+    stride: tuple[int, int] | None = None
+    padding: tuple[int, int] = (0, 0)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """The height and width of the images, without their padding."""
+        sides = zip(self.grid, self.patch, self.stride or self.patch, self.padding, strict=True)
+        height, width = ((count - 1) * step + size - 2 * margin for count, size, step, margin in sides)
+        return height, width
 
     def tensors(self, device: str | torch.device = "cpu") -> dict[str, Tensor | None]:
         """Return images, weight, bias and grad_output of this case."""
@@ -35,7 +47,7 @@ class PatchEmbedCase:
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator).to(device, self.dtype)
 
-        images = normal(self.batch, self.in_channels, self.grid[0] * self.patch[0], self.grid[1] * self.patch[1])
+        images = normal(self.batch, self.in_channels, *self.image_size)
         if self.layout == "nhwc":
             images = images.contiguous(memory_format=torch.channels_last)
         return {
@@ -56,16 +68,16 @@ def check_patch_embed(
 
     PyTorch's own implementations are Conv2d, and unfold + linear.
     """
-    tensors = case.tensors(device)
+    tensors, stride = case.tensors(device), case.stride or case.patch
 
     def ours(images: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return ops.patch_embed(images, weight, bias, backend=backend)
+        return ops.patch_embed(images, weight, bias, stride=case.stride, padding=case.padding, backend=backend)
 
     def theirs(images: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.conv2d(images, weight, bias, stride=case.patch).flatten(2).transpose(1, 2)
+        return F.conv2d(images, weight, bias, stride, case.padding).flatten(2).transpose(1, 2)
 
     def unfolded(images: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        patches = F.unfold(images, case.patch, stride=case.patch).transpose(1, 2)  # [B, N, C * Ph * Pw]
+        patches = F.unfold(images, case.patch, 1, case.padding, stride).transpose(1, 2)  # [B, N, C * Ph * Pw]
         return F.linear(patches, weight.flatten(1), bias)
 
     exact = {name: None if tensor is None else tensor.double() for name, tensor in tensors.items()}
@@ -87,7 +99,7 @@ def _run_patch_embed(
 
 
 def vit_patch_embed_cases(dtypes: Sequence[torch.dtype]) -> list[PatchEmbedCase]:
-    """Return the patch embeddings of real vision transformers for each dtype."""
+    """Return the patch embeddings of real vision transformers for each dtype, MViTv2's overlapping one among them."""
     cases = [
         PatchEmbedCase(patch=(16, 16)),
         PatchEmbedCase(patch=(16, 16), layout="nhwc"),
@@ -96,5 +108,6 @@ def vit_patch_embed_cases(dtypes: Sequence[torch.dtype]) -> list[PatchEmbedCase]
         PatchEmbedCase(patch=(8, 8), grid=(28, 28)),
         PatchEmbedCase(patch=(4, 4), grid=(56, 56), embed_dim=96, batch=1),
         PatchEmbedCase(patch=(14, 16), grid=(5, 7)),
+        PatchEmbedCase(patch=(7, 7), grid=(56, 56), embed_dim=96, batch=1, stride=(4, 4), padding=(3, 3)),
     ]
     return [replace(case, dtype=dtype) for dtype in dtypes for case in cases]

@@ -126,18 +126,23 @@ def _attention_jobs(family: str) -> Iterator[Job]:
 
 def _patch_embed_jobs(family: str) -> Iterator[Job]:
     for kernel in ("patch_embed_forward", "patch_embed_backward_weight", "patch_embed_backward_images"):
-        cases = (("bf16", 16, True), ("bf16", 14, False), ("fp32", 16, False), ("fp32", 14, True))
-        for dtype, patch, channels_last in cases:
+        cases = [("bf16", 16, 16, True), ("bf16", 14, 14, False), ("fp32", 16, 16, False), ("fp32", 14, 14, True)]
+        if kernel != "patch_embed_backward_images":
+            cases += [("bf16", 7, 4, False), ("bf16", 16, 8, True), ("fp32", 7, 4, True)]
+        for dtype, patch, stride, channels_last in cases:
             embed_dim, elements = 768, 3 * patch * patch
-            config = configs.patch_embed_config(kernel, ELEMENT_SIZE[dtype], patch == 16, family)
+            pixel = 3 if channels_last else 1  # elements of a run per pixel
+            aligned = pixel * patch % 16 == 0 and pixel * stride % 16 == 0
+            config = configs.patch_embed_config(kernel, ELEMENT_SIZE[dtype], aligned, family)
             config = config.fitted(n=embed_dim, k=elements)
             constants = {
-                "EMBED_DIM": embed_dim, "OUTER": 1 if channels_last else 3, "ROWS": patch,
-                "RUN": 3 * patch if channels_last else patch, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+                "EMBED_DIM": embed_dim, "OUTER": 3 // pixel, "ROWS": patch, "RUN": pixel * patch, "DOWN": stride,
+                "ALONG": pixel * stride, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
                 "BLOCK_K": config.block_k, "HAS_BIAS": True, "PRECISION": "ieee",
             }  # fmt: skip
-            case = f"P{patch} " + ("channels_last" if channels_last else "NCHW")
-            yield Job(kernel, family, dtype, config, case, constants, (("image_strides", 3),), patch == 16)
+            case = f"P{patch}" + (f"/{stride}" if stride != patch else "")
+            case += " channels_last" if channels_last else " NCHW"
+            yield Job(kernel, family, dtype, config, case, constants, (("image_strides", 3),), aligned)
 
 
 def jobs(families: Sequence[str] = configs.FAMILIES) -> list[Job]:

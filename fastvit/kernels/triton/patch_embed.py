@@ -1,15 +1,17 @@
 """Patch embedding as an implicit matrix product: pixels are gathered by address, no im2col buffer exists.
 
 With X [B·N, K] the flattened patches, W [D, K] the weight and K = C·Ph·Pw:
-    Y = X Wᵀ + b;  dW = dYᵀ X;  dX = dY W, scattered back to the pixels (patches do not overlap, each pixel once).
+    Y = X Wᵀ + b;  dW = dYᵀ X;  dX = dY W, scattered back to the pixels (of patches that tile the image, each once).
 The order of K follows the memory of the images, so that neighbours in K are neighbours in memory: a patch is OUTER
 slabs of ROWS rows of RUN elements, (C, Ph, Pw) for NCHW and (1, Ph, Pw·C) for channels_last, and the kernels know no
-other difference. Source: Dosovitskiy et al. 2021, equation 1.
+other difference. A patch begins DOWN rows and ALONG elements from its neighbours: ROWS and RUN where the patches tile
+the image, less where they overlap, more where there are gaps. Source: Dosovitskiy et al. 2021, equation 1.
 """
 
 # ruff: noqa: N803, N806 - Triton's constexpr parameters are constants and are written as such.
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,18 +19,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvit.kernels.spec import PatchEmbedSpec
+from fastvit.kernels.spec import PatchEmbedSpec, patch_grid
 from fastvit.kernels.triton import configs
 from fastvit.kernels.triton.products import add_product
 
 
 @triton.jit
-def patch_offsets(tokens, image_strides, grid_height, grid_width, ROWS: tl.constexpr, RUN: tl.constexpr):
-    """Return where the patches of ``tokens`` (64-bit) begin; image_strides are those of (batch, outer, row, run)."""
+def patch_offsets(tokens, image_strides, grid_height, grid_width, DOWN: tl.constexpr, ALONG: tl.constexpr):
+    """Return where the patches of ``tokens`` (64-bit) begin, DOWN rows and ALONG elements of a run from one another.
+
+    image_strides are those of (batch, outer, row, run).
+    """
     column = tokens % grid_width
     row = tokens // grid_width % grid_height
     batch = tokens // grid_width // grid_height
-    return batch * image_strides[0] + row * ROWS * image_strides[2] + column * RUN * image_strides[3]
+    return batch * image_strides[0] + row * DOWN * image_strides[2] + column * ALONG * image_strides[3]
 
 
 @triton.jit
@@ -49,8 +54,9 @@ def token_offsets(tokens, strides, grid_height, grid_width):
 @triton.jit(do_not_specialize=["num_tokens", "grid_height", "grid_width"])
 def forward_kernel(
     image_ptr, weight_ptr, bias_ptr, output_ptr, image_strides, output_strides, num_tokens, grid_height, grid_width,
-    EMBED_DIM: tl.constexpr, OUTER: tl.constexpr, ROWS: tl.constexpr, RUN: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    EMBED_DIM: tl.constexpr, OUTER: tl.constexpr, ROWS: tl.constexpr, RUN: tl.constexpr, DOWN: tl.constexpr,
+    ALONG: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M tokens times BLOCK_N outputs. Programs that share pixels are neighbours, for the L2."""
     PATCH: tl.constexpr = OUTER * ROWS * RUN
@@ -59,7 +65,7 @@ def forward_kernel(
     dims = tl.program_id(0) % num_blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
 
     # Past the end the last token and the last output are read again, so that the loop needs no mask; nothing is stored.
-    patches = patch_offsets(tl.minimum(tokens, num_tokens - 1), image_strides, grid_height, grid_width, ROWS, RUN)
+    patches = patch_offsets(tl.minimum(tokens, num_tokens - 1), image_strides, grid_height, grid_width, DOWN, ALONG)
     weight_rows = tl.minimum(dims, EMBED_DIM - 1).to(tl.int64) * PATCH
     accumulator = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
 
@@ -86,8 +92,8 @@ def forward_kernel(
 def backward_weight_kernel(
     grad_output_ptr, image_ptr, partial_ptr, grad_output_strides, image_strides, num_tokens, tokens_per_split,
     grid_height, grid_width,
-    EMBED_DIM: tl.constexpr, OUTER: tl.constexpr, ROWS: tl.constexpr, RUN: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    EMBED_DIM: tl.constexpr, OUTER: tl.constexpr, ROWS: tl.constexpr, RUN: tl.constexpr, DOWN: tl.constexpr,
+    ALONG: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N by BLOCK_K of dW over one span of tokens; the spans are added up by a second pass."""
     PATCH: tl.constexpr = OUTER * ROWS * RUN
@@ -107,7 +113,7 @@ def backward_weight_kernel(
         tokens = first_token + start + tl.arange(0, BLOCK_M)
         # Both operands are masked: 0 times a NaN read past the end would be NaN.
         inside = (tokens < end)[:, None]
-        patches = patch_offsets(tokens, image_strides, grid_height, grid_width, ROWS, RUN)
+        patches = patch_offsets(tokens, image_strides, grid_height, grid_width, DOWN, ALONG)
         pixels = tl.load(image_ptr + (patches[:, None] + pixels_in_patch[None, :]), mask=inside, other=0.0)
         rows = token_offsets(tokens, grad_output_strides, grid_height, grid_width)
         grad_pointers = grad_output_ptr + (rows[:, None] + dims[None, :])
@@ -160,27 +166,34 @@ def why_not(spec: PatchEmbedSpec) -> list[str]:
 
 
 class PatchLayout(NamedTuple):
-    """A patch as OUTER slabs of ROWS rows of RUN elements, and the image's strides of (batch, outer, row, run)."""
+    """A patch as OUTER slabs of ROWS rows of RUN elements, and the image's strides of (batch, outer, row, run).
+
+    ``down`` and ``along`` are the rows and the elements of a run from one patch to the next.
+    """
 
     outer: int
     rows: int
     run: int
+    down: int
+    along: int
     strides: tuple[int, int, int, int]
     channels_last: bool
 
     @classmethod
-    def of(cls, images: Tensor, patch_height: int, patch_width: int) -> PatchLayout:
+    def of(cls, images: Tensor, weight: Tensor, stride: Sequence[int] | None = None) -> PatchLayout:
         """Return the layout in which neighbours of a run are neighbours in memory, where the strides allow it."""
         channels = images.shape[1]
+        rows, columns = weight.shape[2:]
+        down, right = weight.shape[2:] if stride is None else stride
         batch, channel, row, column = images.stride()
         if channels > 1 and channel == 1 and column == channels:
-            return cls(1, patch_height, patch_width * channels, (batch, 0, row, 1), True)
-        return cls(channels, patch_height, patch_width, (batch, channel, row, column), False)
+            return cls(1, rows, columns * channels, down, right * channels, (batch, 0, row, 1), True)
+        return cls(channels, rows, columns, down, right, (batch, channel, row, column), False)
 
     @property
     def is_aligned(self) -> bool:
         """Whether every 16 elements of a run lie together, from an address divisible by 16: loads are vectors then."""
-        return self.strides[3] == 1 and all(step % 16 == 0 for step in (self.run, *self.strides[:3]))
+        return self.strides[3] == 1 and all(step % 16 == 0 for step in (self.run, self.along, *self.strides[:3]))
 
     def pack_weight(self, weight: Tensor) -> Tensor:
         """Return the weight [D, C, Ph, Pw] in the order of K: itself, or a copy of its few megabytes."""
@@ -200,36 +213,44 @@ def _config(kernel: str, layout: PatchLayout, weight: Tensor) -> configs.Config:
     return config.fitted(n=weight.shape[0], k=weight[0].numel())
 
 
-def patch_embed_forward(images: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor) -> None:
+def patch_embed_forward(
+    images: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor, stride: Sequence[int] | None = None
+) -> None:
     """Write the tokens [B, N, D] of ``images`` [B, C, H, W] under ``weight`` [D, C, Ph, Pw] to ``output``.
 
     float32, float16 or bfloat16, accumulated in float32. Images and output have any strides (output's last one is 1);
-    NCHW and channels_last are read in place.
+    NCHW and channels_last are read in place. ``stride``: pixels from one patch to the next, (down, right); None is the
+    patch.
     """
-    embed_dim, _, patch_height, patch_width = weight.shape
-    layout = PatchLayout.of(images, patch_height, patch_width)
-    grid_height, grid_width = images.shape[2] // patch_height, images.shape[3] // patch_width
+    embed_dim = weight.shape[0]
+    layout = PatchLayout.of(images, weight, stride)
+    grid_height, grid_width = patch_grid(images.shape[2:], weight.shape[2:], stride)
     num_tokens = images.shape[0] * grid_height * grid_width
     config = _config("patch_embed_forward", layout, weight)
     with torch.cuda.device_of(images):
         forward_kernel[configs.grid(-(-embed_dim // config.block_n), num_tokens, config.block_m)](
             images, layout.pack_weight(weight), bias, output, layout.strides, output.stride()[:2],
-            num_tokens, grid_height, grid_width, embed_dim, layout.outer, layout.rows, layout.run,
-            config.block_m, config.block_n, config.block_k, bias is not None, configs.dot_precision(images),
+            num_tokens, grid_height, grid_width, embed_dim, layout.outer, layout.rows, layout.run, layout.down,
+            layout.along, config.block_m, config.block_n, config.block_k, bias is not None,
+            configs.dot_precision(images),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
 
 
 def patch_embed_backward_weight(
-    grad_output: Tensor, images: Tensor, grad_weight: Tensor, grad_bias: Tensor | None
+    grad_output: Tensor,
+    images: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor | None,
+    stride: Sequence[int] | None = None,
 ) -> None:
     """Write the gradients of the weight [D, C, Ph, Pw] and, unless it is None, of the bias [D].
 
     The tokens are cut into spans, each span is summed in order, and the spans are summed in order: deterministic.
     """
-    embed_dim, _, patch_height, patch_width = grad_weight.shape
-    layout = PatchLayout.of(images, patch_height, patch_width)
-    grid_height, grid_width = images.shape[2] // patch_height, images.shape[3] // patch_width
+    embed_dim = grad_weight.shape[0]
+    layout = PatchLayout.of(images, grad_weight, stride)
+    grid_height, grid_width = patch_grid(images.shape[2:], grad_weight.shape[2:], stride)
     num_tokens, patch = images.shape[0] * grid_height * grid_width, grad_weight[0].numel()
     config = _config("patch_embed_backward_weight", layout, grad_weight)
     tiles = -(-embed_dim // config.block_n) * -(-patch // config.block_k)
@@ -239,7 +260,7 @@ def patch_embed_backward_weight(
     with torch.cuda.device_of(images):
         backward_weight_kernel[configs.grid(splits, tiles, 1)](
             grad_output, images, partial, grad_output.stride()[:2], layout.strides, num_tokens, tokens_per_split,
-            grid_height, grid_width, embed_dim, layout.outer, layout.rows, layout.run,
+            grid_height, grid_width, embed_dim, layout.outer, layout.rows, layout.run, layout.down, layout.along,
             config.block_m, config.block_n, config.block_k, configs.dot_precision(images),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
@@ -249,10 +270,10 @@ def patch_embed_backward_weight(
 
 
 def patch_embed_backward_images(grad_output: Tensor, weight: Tensor, grad_images: Tensor) -> None:
-    """Write the gradient of the images [B, C, H, W], any strides, from that of the tokens [B, N, D]."""
-    embed_dim, _, patch_height, patch_width = weight.shape
-    layout = PatchLayout.of(grad_images, patch_height, patch_width)
-    grid_height, grid_width = grad_images.shape[2] // patch_height, grad_images.shape[3] // patch_width
+    """Write the gradient of the images [B, C, H, W], any strides, which the patches tile."""
+    embed_dim = weight.shape[0]
+    layout = PatchLayout.of(grad_images, weight)
+    grid_height, grid_width = patch_grid(grad_images.shape[2:], weight.shape[2:])
     num_tokens, patch = grad_images.shape[0] * grid_height * grid_width, weight[0].numel()
     config = _config("patch_embed_backward_images", layout, weight)
     with torch.cuda.device_of(weight):
