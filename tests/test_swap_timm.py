@@ -257,7 +257,8 @@ def test_dynamic_image_sizes(name: str, options: dict, size: tuple[int, int]) ->
         (VIT, {"depth": 2, "attn_layer": "diff"}, {"PatchEmbed": 1}, {"DiffAttention": "differential attention"}),
         ("swin_tiny_patch4_window7_224", {"depths": (1, 1)}, {"PatchEmbed": 1}, {"WindowAttention": "windows"}),
         ("swinv2_tiny_window8_256", {"depths": (1, 1)}, {"PatchEmbed": 1}, {"WindowAttention": "cosine attention"}),
-        ("mvitv2_tiny", {}, {}, {"MultiScaleAttention": "pooled", "PatchEmbed": "overlapping 7×7/4"}),
+        ("mvitv2_tiny", {}, {"PatchEmbed": 1}, {"MultiScaleAttention": "pooled"}),
+        ("pvt_v2_b0", {}, {}, {"Attention": "shortened", "OverlapPatchEmbed": "overlapping convolution"}),
         (
             "xcit_nano_12_p16_224",
             {"depth": 2},

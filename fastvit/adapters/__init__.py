@@ -18,6 +18,7 @@ ADAPTERS = {
     # timm.layers comes first: its adapter imports timm.models, where the others' classes are.
     "timm.models.eva": "fastvit.adapters.timm_eva",
     "timm.models.cait": "fastvit.adapters.timm_pool",
+    "timm.models.mvitv2": "fastvit.adapters.timm_overlapping",
     "open_clip.transformer": "fastvit.adapters.open_clip_vit",
     "dinov2.layers.attention": "fastvit.adapters.dinov2",
     "dinov3.layers.attention": "fastvit.adapters.dinov3",

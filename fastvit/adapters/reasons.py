@@ -24,7 +24,8 @@ TWO_MAPS = (
     "differential attention, the difference of two attentions with values of twice the width: it has no adapter yet"
 )
 CROSS = "one class token looks at all tokens, through projections of its own: it has no adapter yet"
-OVERLAPPING = "an overlapping {}: left alone until the op carries overlapping patches"
+OVERLAPPING = "an overlapping {} in a class of its own: it has no adapter yet"
+STACKED = "overlapping {}, one on the other: the op is one convolution from pixels to tokens"
 IN_ANOTHER = "a patch embedding of non-overlapping patches in a class of its own: it has no adapter yet"
 PRE_PATCHED = "a Linear on patches that were cut out beforehand: no convolution to replace"
 
@@ -68,15 +69,15 @@ _TIMM = {
     "models.efficientformer_v2.Attention2d": MIXED_HEADS,
     "models.efficientformer_v2.Attention2dDownsample": RELATIVE,
     "models.efficientvit_msra.CascadedGroupAttention": RELATIVE,
-    "models.efficientvit_msra.PatchEmbedding": OVERLAPPING.format("stack of 3×3/2 convolutions"),
+    "models.efficientvit_msra.PatchEmbedding": STACKED.format("3×3/2 convolutions"),
     "models.fastvit.Attention": FEATURE_MAP,
-    "models.fastvit.PatchEmbed": OVERLAPPING.format("stack of convolutions"),
+    "models.fastvit.PatchEmbed": STACKED.format("convolutions"),
     "models.fasternet.PatchEmbed": IN_ANOTHER,
     "models.gcvit.WindowAttentionGlobal": WINDOWED,
     "models.gemma4_vit.Gemma4Attention": "rotary attention with normalised values: it has no adapter yet",
     "models.gemma4_vit.Gemma4PatchEmbed": PRE_PATCHED,
     "models.hiera.MaskUnitAttention": WINDOWS_ONLY,
-    "models.hiera.PatchEmbed": OVERLAPPING.format("convolution of the pixels"),
+    "models.hiera.PatchEmbed": OVERLAPPING.format("7×7/4 convolution"),
     "models.hieradet_sam2.HieraPatchEmbed": OVERLAPPING.format("7×7/4 convolution"),
     "models.hieradet_sam2.MultiScaleAttention": "windows of a feature map with a pooled query: it has no adapter yet",
     "models.iformer.SHMA": FEATURE_MAP,
@@ -88,13 +89,12 @@ _TIMM = {
     "models.mobilevit.LinearSelfAttention": LINEAR,
     "models.mvitv2.MultiScaleAttention": POOLED,
     "models.mvitv2.MultiScaleAttentionPoolFirst": POOLED,
-    "models.mvitv2.PatchEmbed": OVERLAPPING.format("7×7/4 convolution"),
     "models.nest.Attention": WINDOWS_ONLY,
     "models.nextvit.ConvAttention": GATED,
     "models.nextvit.EfficientAttention": SHORTENED,
     "models.nextvit.PatchEmbed": "a stage's pooling and 1×1 convolution, not an embedding of patches of pixels",
     "models.pvt_v2.Attention": SHORTENED,
-    "models.pvt_v2.OverlapPatchEmbed": OVERLAPPING.format("convolution"),
+    "models.pvt_v2.OverlapPatchEmbed": OVERLAPPING.format("convolution with a norm"),
     "models.shvit.SHSA": FEATURE_MAP,
     "models.swiftformer.EfficientAdditiveAttention": LINEAR,
     "models.swin_transformer.WindowAttention": WINDOWED,
@@ -102,7 +102,7 @@ _TIMM = {
     "models.swin_transformer_v2_cr.PatchEmbed": IN_ANOTHER,
     "models.swin_transformer_v2_cr.WindowMultiHeadAttention": COSINE,
     "models.tiny_vit.Attention": RELATIVE,
-    "models.tiny_vit.PatchEmbed": OVERLAPPING.format("stack of 3×3/2 convolutions"),
+    "models.tiny_vit.PatchEmbed": STACKED.format("3×3/2 convolutions"),
     "models.tnt.Attention": "query and key in one projection, value in another: it has no adapter yet",
     "models.twins.GlobalSubSampleAttn": SHORTENED,
     "models.twins.LocallyGroupedAttn": WINDOWS_ONLY,
@@ -116,8 +116,8 @@ _TIMM = {
     "models.volo.Attention": FEATURE_MAP,
     "models.volo.ClassAttention": CROSS,
     "models.volo.OutlookAttention": LOCAL,
-    "models.volo.PatchEmbed": OVERLAPPING.format("stack of convolutions"),
-    "models.xcit.ConvPatchEmbed": OVERLAPPING.format("stack of 3×3/2 convolutions"),
+    "models.volo.PatchEmbed": STACKED.format("convolutions"),
+    "models.xcit.ConvPatchEmbed": STACKED.format("3×3/2 convolutions"),
     "models.xcit.XCA": CHANNELS,
 }
 REASONS = {f"timm.{name}": reason for name, reason in _TIMM.items()}

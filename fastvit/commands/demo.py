@@ -126,10 +126,12 @@ def _errors(subject: Subject) -> list[Comparison]:
             compare(ours, _core_torch(subject.qkv.double()), _core_torch(subject.qkv), "attention core, last layer")
         )
     if subject.patch_embed is not None:
-        ours, exact, own = (
+        results = (
             model.get_submodule(subject.patch_embed)(images.double() if model is subject.exact else images)
             for model in (subject.swapped, subject.exact, subject.original)
         )
+        # Some return the size of the grid beside the tokens.
+        ours, exact, own = (result[0] if isinstance(result, tuple) else result for result in results)
         comparisons.append(compare(ours, exact, own, "patch embedding"))
     return comparisons
 

@@ -177,12 +177,17 @@ def receive(subject: Subject) -> None:
     if subject.patch_embed is not None:
         subject.patch_call = calls["patch_embed"]
         layer = subject.original.get_submodule(subject.patch_embed)
-        images, weight = (
-            subject.patch_call[0][0],
-            getattr(layer, "proj", layer).weight,
-        )  # a bare convolution has its own
-        sizes = (*images.shape, *weight.shape[2:], weight.shape[0], images.dtype, images.device)
-        subject.specs["patch_embed"] = PatchEmbedSpec(*sizes)
+        subject.specs["patch_embed"] = _patch_embed_spec(subject.patch_call[0][0], getattr(layer, "proj", layer))
+
+
+def _patch_embed_spec(images: Tensor, convolution: Any) -> PatchEmbedSpec:
+    batch, channels, height, width = images.shape
+    embed_dim, _, *patch = convolution.weight.shape
+    stride = None if convolution.stride == convolution.kernel_size else convolution.stride
+    if stride is not None:
+        height, width = height + 2 * convolution.padding[0], width + 2 * convolution.padding[1]
+    sizes = (batch, channels, height, width, patch[0], patch[1], embed_dim)
+    return PatchEmbedSpec(*sizes, images.dtype, images.device, stride)
 
 
 def _attention_spec(qkv: Tensor) -> AttentionSpec:

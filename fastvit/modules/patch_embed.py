@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvit.kernels.spec import PatchEmbedSpec
+from fastvit.kernels.spec import PatchEmbedSpec, patch_grid
 from fastvit.modules.fused import FusedForward, has_hooks, has_own_forward, strangers
 from fastvit.ops import patch_embed
 from fastvit.ops.backends import check_backend_name
@@ -20,14 +20,23 @@ FORMATS = ("NCHW", "NHWC", "NCL", "NLC")
 
 
 @torch.fx.wrap
-def embed_grid(images: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None) -> Tensor:
-    """Return the grid of tokens [B, H / Ph, W / Pw, D]; like conv2d, drop pixels beyond the last whole patch."""
-    height, width = images.shape[2:]
-    patch_height, patch_width = weight.shape[2:]
-    rows, columns = height // patch_height, width // patch_width
-    if height % patch_height or width % patch_width:
-        images = images[:, :, : rows * patch_height, : columns * patch_width]
-    return patch_embed(images, weight, bias, backend=backend).unflatten(1, (rows, columns))
+def embed_grid(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    backend: str | None,
+    stride: tuple[int, int] | None = None,
+    padding: tuple[int, int] = (0, 0),
+) -> Tensor:
+    """Return the grid of tokens [B, rows, columns, D]; like conv2d, drop pixels beyond the last whole patch."""
+    height, width = images.shape[2] + 2 * padding[0], images.shape[3] + 2 * padding[1]
+    patch = (weight.shape[2], weight.shape[3])
+    grid = patch_grid((height, width), patch, stride)
+    if stride is not None or height % patch[0] or width % patch[1]:
+        tokens = patch_embed(images, weight, bias, stride=stride or patch, padding=padding, backend=backend)
+    else:
+        tokens = patch_embed(images, weight, bias, padding=padding, backend=backend)
+    return tokens.unflatten(1, grid)
 
 
 @torch.fx.wrap
@@ -78,7 +87,7 @@ class FusedPatchEmbedForward(FusedForward):
     @classmethod
     def fastvit_fallbacks(cls, module: nn.Module) -> list[str]:
         """Return in which situations, as the module stands now, the plain forward would run."""
-        reason = _why_call(cast(nn.Module, module.proj))
+        reason = why_call(cast(nn.Module, module.proj))
         return [f"{reason}: runs the plain forward"] if reason else []
 
     @classmethod
@@ -130,7 +139,7 @@ class FusedPatchEmbedForward(FusedForward):
         Raises:
             AssertionError: the size is not the one (or not a multiple of the patch) that this module accepts.
         """
-        if reason := _why_call(self.proj):
+        if reason := why_call(self.proj):
             self._warn_fallback(reason)
             return super().forward(x)
         return self._fused_forward(x)
@@ -143,12 +152,15 @@ def _require(condition: bool, side: str, size: int, accepted: str) -> None:
     torch._assert(condition, f"images: got {side} {got}; accepted {accepted}")
 
 
-def _why_call(proj: nn.Module) -> str | None:
+def why_call(proj: nn.Module, overlaps: bool = False) -> str | None:
+    """Return why ``proj`` has to be called, None if the op can; ``overlaps`` allows any stride and padding."""
     if not isinstance(proj, nn.Conv2d) or type(proj).forward is not nn.Conv2d.forward or has_own_forward(proj):
         return f"proj is a {type(proj).__name__} with a forward of its own"
     if has_hooks(proj):
         return "proj has a hook, which fires only if proj is called"
-    if proj.stride != proj.kernel_size or proj.padding not in ((0, 0), "valid"):
+    tiles = proj.stride == proj.kernel_size and proj.padding in ((0, 0), "valid")
+    known_padding = isinstance(proj.padding, tuple) and proj.padding_mode == "zeros"
+    if not (tiles or (overlaps and known_padding)):
         return f"proj has stride {proj.stride} and padding {proj.padding} with kernel {proj.kernel_size}"
     if proj.dilation != (1, 1) or proj.groups != 1:
         return f"proj has dilation {proj.dilation} and groups {proj.groups}"
