@@ -303,6 +303,8 @@ def test_the_native_op_checks_its_stride() -> None:
     for stride in ([0, 2], [2, -1]):
         with pytest.raises(RuntimeError, match="stride: accepted are two numbers of at least 1"):
             torch.ops.fastvit_native.patch_embed_forward(images, weight, None, torch.zeros(1, 9, 4), stride)
+    with pytest.raises(RuntimeError, match="images: accepted is at least one patch"):
+        torch.ops.fastvit_native.patch_embed_forward(images[..., :3], weight, None, torch.zeros(1, 0, 4), [2, 2])
     with pytest.raises(RuntimeError, match="tokens: its shape"):
         torch.ops.fastvit_native.patch_embed_forward(images, weight, None, torch.zeros(1, 4, 4), [2, 2])
 

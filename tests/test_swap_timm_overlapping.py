@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvit.swap import swap, unswap
-from fastvit.testing import check_model, livened
-from tests.swapping import PATCHES, forward_backward, hold_the_rule, images, normal, ops_run
+from fastvit.testing import check_model, compare_runs, livened
+from tests.swapping import PATCHES, forward_backward, hold_the_rule, images, normal, ops_run, state
 
 timm = pytest.importorskip("timm")
 mvitv2 = pytest.importorskip("timm.models.mvitv2")
+hieradet = pytest.importorskip("timm.models.hieradet_sam2")
 
 
 def mvit(**options: Any) -> nn.Module:
@@ -36,12 +38,42 @@ def test_mvitv2_holds_the_rule() -> None:
     assert {comparison.name for comparison in comparisons} >= {"output 0", "patch_embed.proj.weight"}
     assert all(comparison.passed for comparison in comparisons), max(comparisons, key=lambda each: each.ratio)
     assert all(torch.equal(parameter, kept[name]) for name, parameter in model.named_parameters())
-    print(f"worst {hold_the_rule(model, x, 1, {PATCHES}):.2f}")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_mvitv2_in_16_bits_holds_the_rule(dtype: torch.dtype) -> None:
-    comparisons = check_model(mvit(use_cls_token=True, use_abs_pos=True).to(dtype), images(4).to(dtype))
+class UnfoldedConv2d(nn.Conv2d):
+    """A Conv2d as unfold and a product: PyTorch's other implementation."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows, columns = super().forward(input[:1].detach()).shape[2:]
+        patches = F.unfold(input, self.kernel_size, 1, self.padding, self.stride).transpose(1, 2)
+        return F.linear(patches, self.weight.flatten(1), self.bias).transpose(1, 2).unflatten(2, (rows, columns))
+
+
+def test_mvitv2_is_swapped_and_restored_in_place() -> None:
+    model, x = mvit(), images(8)
+    unfolded = copy.deepcopy(model)
+    unfolded.patch_embed.proj.__class__ = UnfoldedConv2d
+    truth = forward_backward(copy.deepcopy(model).double(), x.double())
+    # Its attention is written out, so that what PyTorch has two implementations of are the patches.
+    runs = [forward_backward(each, x) for each in (model, unfolded)]
+    before = state(model)
+    assert swap(model).counts["fused"] == 1
+    assert state(model) == before
+    mine: dict[str, Tensor] = {}
+    assert ops_run(lambda: mine.update(forward_backward(model, x))) == {PATCHES}
+    comparisons = compare_runs(mine, truth, runs)
+    assert all(comparison.passed for comparison in comparisons), max(comparisons, key=lambda each: each.ratio)
+    assert unswap(model).counts == {"restored": 1}
+    assert state(model) == before
+    assert type(model.patch_embed) is mvitv2.PatchEmbed
+    restored = forward_backward(model, x)
+    assert all(torch.equal(restored[key], runs[0][key]) for key in restored)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_layer_holds_the_rule(dtype: torch.dtype) -> None:
+    comparisons = check_model(layer(dim_out=96).to(dtype), images(2).to(dtype))
+    assert [comparison.name for comparison in comparisons] == ["output 0", "proj.weight", "proj.bias"]
     assert all(comparison.passed for comparison in comparisons), max(comparisons, key=lambda each: each.ratio)
 
 
@@ -83,6 +115,19 @@ def test_the_layer_returns_the_same_tokens_and_the_same_size(options: dict) -> N
             assert isinstance(fused_shape, torch.Size)
             torch.testing.assert_close(tokens, expected, rtol=1e-4, atol=1e-4)
     assert ops_run(lambda: fused(x)) == {PATCHES}
+
+
+def test_hiera_of_sam2_holds_the_rule() -> None:
+    model = hieradet.HieraDet(stages=(1, 1), window_spec=(8, 4), global_att_blocks=(), q_pool=1, num_classes=10)
+    print(f"worst {hold_the_rule(livened(model), images(8), 1, {PATCHES}):.2f}")
+    plain = hieradet.HieraPatchEmbed(embed_dim=24)
+    fused = copy.deepcopy(plain)
+    assert swap(fused).counts == {"fused": 1}
+    for x in (normal(2, 3, 37, 50), normal(2, 3, 37, 50).contiguous(memory_format=torch.channels_last)):
+        torch.testing.assert_close(fused(x), plain(x), rtol=1e-4, atol=1e-4)
+    fused.proj.padding_mode = "circular"
+    with pytest.warns(UserWarning, match="runs its plain forward"):
+        assert fused(x).shape == plain(x).shape
 
 
 def test_a_hook_and_a_replaced_proj_step_back() -> None:

@@ -10,10 +10,8 @@ namespace fastvit {
 // In pixels from one patch to the next, down and to the right; without one the patches tile the images.
 using PatchStride = std::optional<std::vector<int64_t>>;
 
-// Whole patches along `pixels`, as a convolution counts them.
-inline int64_t patches_along(int64_t pixels, int64_t patch, int64_t step) {
-  return pixels < patch ? 0 : (pixels - patch) / step + 1;
-}
+// Whole patches along `pixels`, as a convolution counts them; none along no pixels.
+inline int64_t patches_along(int64_t pixels, int64_t patch, int64_t step) { return (pixels - patch) / step + 1; }
 
 inline PatchEmbedParams patch_embed_params(const Tensor& images, const Tensor& weight,
                                            const std::optional<Tensor>& bias, const Tensor& tokens,
@@ -33,6 +31,8 @@ inline PatchEmbedParams patch_embed_params(const Tensor& images, const Tensor& w
   if (stride.has_value()) {
     STD_TORCH_CHECK(stride->size() == 2 && (*stride)[0] > 0 && (*stride)[1] > 0,
                     "stride: accepted are two numbers of at least 1");
+    STD_TORCH_CHECK(images.sizes()[2] >= p.patch_height && images.sizes()[3] >= p.patch_width,
+                    "images: accepted is at least one patch");
     p.patch_row_step = (*stride)[0];
     p.patch_column_step = (*stride)[1];
   } else {

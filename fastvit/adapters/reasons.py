@@ -78,7 +78,6 @@ _TIMM = {
     "models.gemma4_vit.Gemma4PatchEmbed": PRE_PATCHED,
     "models.hiera.MaskUnitAttention": WINDOWS_ONLY,
     "models.hiera.PatchEmbed": OVERLAPPING.format("7×7/4 convolution"),
-    "models.hieradet_sam2.HieraPatchEmbed": OVERLAPPING.format("7×7/4 convolution"),
     "models.hieradet_sam2.MultiScaleAttention": "windows of a feature map with a pooled query: it has no adapter yet",
     "models.iformer.SHMA": FEATURE_MAP,
     "models.levit.Attention": RELATIVE,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, cast
 
 import torch
+from timm.models.hieradet_sam2 import HieraPatchEmbed
 from timm.models.mvitv2 import PatchEmbed as MViTv2PatchEmbed
 from torch import Tensor, nn
 
@@ -77,4 +78,23 @@ class FusedMViTv2PatchEmbed(FusedOverlappingForward, MViTv2PatchEmbed):
         return grid.flatten(1, 2), grid.shape[1:3]
 
 
+class FusedHieraPatchEmbed(FusedOverlappingForward, HieraPatchEmbed):
+    """timm.models.hieradet_sam2.HieraPatchEmbed after a swap: a 7×7 convolution of stride 4, the grid of its tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the grid of tokens.
+
+        Args:
+            x: [B, C, H, W], NCHW or channels_last, the weights' dtype or, under autocast, any floating dtype.
+
+        Returns:
+            [B, rows, columns, D].
+        """
+        if reason := why_call(self.proj, overlaps=True):
+            self._warn_fallback(reason)
+            return super().forward(x)
+        return self._embed_grid(x)
+
+
 register_swap(MViTv2PatchEmbed, FusedMViTv2PatchEmbed)
+register_swap(HieraPatchEmbed, FusedHieraPatchEmbed)
