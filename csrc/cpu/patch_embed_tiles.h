@@ -72,11 +72,12 @@ class PatchEmbedTiles : public PatchEmbed<BFloat16> {
   // Sums of a task, and its operands for one step of tokens, in the second-level cache.
   Split token_steps() const { return {num_tokens(), kTokenRows, kTilePanel}; }
   Split columns() const { return {size_, 192, kTilePanel}; }
-  Split gradient_columns() const { return columns(); }
+  // gradient_columns() is the base class's.
+  static_assert(kPanel<float> == kTilePanel);
   Split gradient_rows() const { return {p_.embed_dim, 256, kTilePanel}; }
 
   void backward_weight(int64_t begin, int64_t end) {
-    const Split cols = columns(), rows = gradient_rows(), steps = token_steps();
+    const Split cols = gradient_columns(), rows = gradient_rows(), steps = token_steps();
     const int64_t k = round_up(steps.size, kTileDepth), stride = tile_stride(k), patch_stride = tile_stride(cols.size);
     BFloat16 *patches, *packed, *grad_tokens;
     float *grad_weight, *sums;
