@@ -47,7 +47,8 @@ def patch_embed(
         neither stride nor padding given, H and W must be multiples of Ph and Pw.
 
     The gradient of the images is a sum over patches where these overlap, and zero in gaps: with a stride other than the
-    patch it is PyTorch's own (``aten::convolution_backward``), whatever the backend. Everything else is the backend's.
+    patch it is PyTorch's own (``aten::convolution_backward``), whatever the backend, and as deterministic as PyTorch
+    makes it. Everything else is the backend's.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
