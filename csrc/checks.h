@@ -41,8 +41,8 @@ inline void check_rows_contiguous(const Tensor& tensor, const char* name) {
                   ": accepted is a last dimension that is contiguous");
 }
 
-inline DType dtype_of(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
+inline DType dtype_of(ScalarType dtype, const char* name) {
+  switch (dtype) {
     case ScalarType::Half:
       return DType::kFloat16;
     case ScalarType::BFloat16:
@@ -57,41 +57,25 @@ inline DType dtype_of(const Tensor& tensor, const char* name) {
   return DType::kFloat32;
 }
 
+inline DType dtype_of(const Tensor& tensor, const char* name) { return dtype_of(tensor.scalar_type(), name); }
+
 inline ScalarType accumulate_type(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline View4 view4(const Tensor& tensor) {
-  return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
-}
-
-inline BiasView bias_view(const std::optional<Tensor>& bias) {
-  if (!bias.has_value()) return {};
-  BiasView view;
-  view.data = bias->data_ptr();
-  if (bias->scalar_type() == ScalarType::Bool) {
-    view.type = BiasType::kBool;
-  } else {
-    switch (dtype_of(*bias, "bias")) {
-      case DType::kFloat16:
-        view.type = BiasType::kFloat16;
-        break;
-      case DType::kBFloat16:
-        view.type = BiasType::kBFloat16;
-        break;
-      case DType::kFloat32:
-        view.type = BiasType::kFloat32;
-        break;
-      case DType::kFloat64:
-        view.type = BiasType::kFloat64;
-        break;
-    }
+inline BiasType bias_type(ScalarType dtype) {
+  if (dtype == ScalarType::Bool) return BiasType::kBool;
+  switch (dtype_of(dtype, "bias")) {
+    case DType::kFloat16:
+      return BiasType::kFloat16;
+    case DType::kBFloat16:
+      return BiasType::kBFloat16;
+    case DType::kFloat32:
+      return BiasType::kFloat32;
+    case DType::kFloat64:
+      return BiasType::kFloat64;
   }
-  view.batch_stride = bias->stride(0);
-  view.head_stride = bias->stride(1);
-  view.query_stride = bias->stride(2);
-  view.key_stride = bias->stride(3);
-  return view;
+  return BiasType::kNone;
 }
 
 }  // namespace fastvit

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/kernels.h"
+#include "ops/attention_cpu.h"
 #include "ops/probes_cpu.h"
 
 PYBIND11_MODULE(_C, m) {
@@ -40,6 +41,8 @@ PYBIND11_MODULE(_C, m) {
         "thread, leaves that a head can be cut into, bytes of a leaf's sums]. At most 8 leaves' sums per thread are held "
         "beside it, and only where heads do not deal out evenly. A thread keeps its scratch until it ends.");
   m.def("held_scratch", &fastvit::held_scratch, "Return the bytes of scratch that the calling thread holds.");
+  m.def("poison_outputs", &fastvit::poison_outputs, pybind11::arg("wanted"),
+        "Fill the outputs that fastvit::attention.cpu allocates with NaN before the kernel runs: for tests.");
   m.def(
       "cuda_architectures", [] { return std::string(FASTVIT_CUDA_ARCHITECTURES); },
       "Return the CUDA architectures in this build, separated by spaces; empty without CUDA kernels.");

@@ -1,6 +1,6 @@
 // Every native op's schema, once. The public ops (fastvit::attention, …) are defined in Python, so that they exist
-// without a compiler; these are what the `cpu` and `cuda` backends call. Outputs are allocated by the caller and
-// written in place. The emulator's library has the same ops, on CPU tensors, under a name of its own.
+// without a compiler; fastvit_native's are what the `cpu` and `cuda` backends call. Outputs are allocated by the caller
+// and written in place. The emulator's library has the same ops, on CPU tensors, under a name of its own.
 #include <torch/csrc/stable/library.h>
 
 #ifdef FASTVIT_EMULATOR
@@ -28,3 +28,16 @@ STABLE_TORCH_LIBRARY(fastvit_native, m) {
       " int[2]? stride=None) -> ()");
   m.def("patch_embed_backward_images(Tensor grad_output, Tensor weight, Tensor(a!) grad_images) -> ()");
 }
+
+#ifndef FASTVIT_EMULATOR
+// The public ops on CPU tensors without a choice of backends: Python calls them where there is nothing to choose, to
+// differentiate or to record. Overloads, so that a profile names them as the ops that they are.
+STABLE_TORCH_LIBRARY_FRAGMENT(fastvit, m) {
+  m.def(
+      "attention.cpu(Tensor query, Tensor key, Tensor value, Tensor? bias, bool is_causal, float scale)"
+      " -> (Tensor output, Tensor lse)");
+  m.def(
+      "attention_qkvpacked.cpu(Tensor qkv, Tensor? bias, bool is_causal, float scale)"
+      " -> (Tensor output, Tensor lse)");
+}
+#endif

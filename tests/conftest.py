@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from fastvit.kernels import native
+from fastvit.ops import backends
 from fastvit.testing import Comparison
 
 # The yardstick is PyTorch's own error, which depends on how PyTorch splits its sums over threads; tests of threads set
@@ -29,8 +31,16 @@ def poison() -> Iterator[None]:
     """Fill every torch.empty with NaN (the largest value for integers): a kernel that leaves a gap is seen."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    native.poison(True)
     yield
+    native.poison(False)
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def python_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no call pass by the functions of ``fastvit.kernels.native`` that the test replaces."""
+    monkeypatch.setattr(backends, "direct_calls", False)
 
 
 @pytest.fixture(autouse=True)

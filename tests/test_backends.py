@@ -58,6 +58,7 @@ def test_an_explicit_backend_that_cannot_run_raises_with_every_reason() -> None:
         fastvit.attention(*torch.randn(3, 1, 1, 4, 8, dtype=torch.float64), backend="triton")
 
 
+@pytest.mark.usefixtures("python_calls")
 def test_the_context_manager_nests_and_belongs_to_its_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str | None] = []
     monkeypatch.setattr(native, "attention_forward", lambda *_, **__: seen.append("cpu"))

@@ -220,6 +220,7 @@ def test_a_pinned_peer_is_pinned() -> None:
         peers._pinned(torch.nn.attention.SDPBackend.CUDNN_ATTENTION)()(q, k, v, None)
 
 
+@pytest.mark.usefixtures("python_calls")
 def test_a_wrong_kernel_yields_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
     forward, patches = native.attention_forward, native.patch_embed_forward
 

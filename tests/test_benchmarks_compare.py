@@ -52,7 +52,7 @@ def run_tiny(path: Path) -> int:
 
 
 @pytest.fixture
-def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+def slow(monkeypatch: pytest.MonkeyPatch, python_calls: None) -> None:
     """Make the attention kernel wait: ten times as long, so that it is seen on a machine that is busy besides."""
     forward = native.attention_forward
 
@@ -83,6 +83,7 @@ def test_a_slowed_kernel_is_found(
     assert "\nfaster: attention forward B64" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("python_calls")
 def test_a_wrong_kernel_yields_no_speed_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

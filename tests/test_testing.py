@@ -102,6 +102,7 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         compare(torch_result, expected.float(), torch_result)
 
 
+@pytest.mark.usefixtures("python_calls")
 def test_a_wrong_kernel_is_seen_in_every_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     import fastvit.kernels.native as native
 

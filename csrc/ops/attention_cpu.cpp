@@ -1,4 +1,14 @@
-// fastvit_native::attention_* on the CPU: tensors → params → tasks over torch's threads.
+// Attention on the CPU: tensors → params → tasks over torch's threads. fastvit_native::attention_* write into outputs
+// that the caller allocates, as on every device; fastvit::attention.cpu and attention_qkvpacked.cpu are the whole
+// public op in one call, because at a tiny shape each step of Python between schema and kernel takes as long as the
+// kernel.
+#include "attention_cpu.h"
+
+#include <algorithm>
+#include <atomic>
+#include <limits>
+#include <tuple>
+
 #include "../cpu/attention_threads.h"
 #include "attention_params.h"
 
@@ -24,10 +34,83 @@ void attention_backward(const Tensor& grad_output, const std::optional<Tensor>& 
   cpu::attention_backward_over(cpu::kernels(), p, torch::stable::get_num_threads(), parallel_for);
 }
 
+using Outputs = std::tuple<Tensor, Tensor>;
+
+std::atomic<bool> poison{false};
+
+// By the stable ABI's own function, a tenth of a call of torch.empty; torch does not fill such memory, so that tests
+// have a switch of ours.
+Tensor empty(std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides, const Operand& like,
+             ScalarType dtype) {
+  AtenTensorHandle handle;
+  const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides.begin(), code,
+                                                  like.device_type, like.device_index, &handle));
+  Tensor tensor(handle);
+  if (poison.load(std::memory_order_relaxed)) {
+    torch::stable::fill_(tensor, std::numeric_limits<double>::quiet_NaN());
+  }
+  return tensor;
+}
+
+// Rows contiguous. Writes [B, N, H, D] in memory; is_packed returns it in this order of dimensions too.
+Outputs attend(const Operand& query, const Operand& key, const Operand& value, const std::optional<Tensor>& bias,
+               bool is_causal, double scale, bool is_packed) {
+  const auto [batch, heads, rows, _] = query.sizes;
+  // Strides as torch.empty has them, which counts an empty dimension as one.
+  const int64_t steps = std::max<int64_t>(rows, 1), columns = std::max<int64_t>(heads, 1), width = value.sizes[3];
+  const int64_t token = columns * width, image = steps * token;
+  Outputs outputs{is_packed ? empty({batch, rows, heads, width}, {image, token, width, 1}, query, query.dtype)
+                            : empty({batch, heads, rows, width}, {image, width, token, 1}, query, query.dtype),
+                  empty({batch, heads, rows}, {columns * steps, steps, 1}, query, accumulate_type(query.dtype))};
+  auto& [output, lse] = outputs;
+  if (batch * heads * rows == 0) return outputs;
+  if (key.sizes[2] == 0) {
+    torch::stable::zero_(output);
+    torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
+    return outputs;
+  }
+  const Operand written(output, "output");
+  const AttentionParams p =
+      attention_params(query, key, value, operand_of(bias, "bias"), is_packed ? written.heads_first() : written,
+                       {lse, "lse"}, is_causal, scale);
+  cpu::attention_forward_over(cpu::kernels(), p, parallel_for);
+  return outputs;
+}
+
+Outputs attention(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& bias,
+                  bool is_causal, double scale) {
+  const Operand operands[] = {{query, "query"}, {key, "key"}, {value, "value"}};
+  const auto& [q, k, v] = operands;
+  if (!(q.rows_contiguous() && k.rows_contiguous() && v.rows_contiguous())) {
+    using torch::stable::contiguous;
+    const Tensor copies[] = {q.rows_contiguous() ? query : contiguous(query),
+                             k.rows_contiguous() ? key : contiguous(key),
+                             v.rows_contiguous() ? value : contiguous(value)};
+    return attend({copies[0], "query"}, {copies[1], "key"}, {copies[2], "value"}, bias, is_causal, scale, false);
+  }
+  return attend(q, k, v, bias, is_causal, scale, false);
+}
+
+Outputs attention_qkvpacked(const Tensor& qkv, const std::optional<Tensor>& bias, bool is_causal, double scale) {
+  const Operand query = Operand::unpacked(qkv, 0, "query");
+  if (!query.rows_contiguous()) return attention_qkvpacked(torch::stable::contiguous(qkv), bias, is_causal, scale);
+  return attend(query, Operand::unpacked(qkv, 1, "key"), Operand::unpacked(qkv, 2, "value"), bias, is_causal, scale,
+                true);
+}
+
 }  // namespace
+
+void poison_outputs(bool wanted) { poison.store(wanted, std::memory_order_relaxed); }
+
 }  // namespace fastvit
 
 STABLE_TORCH_LIBRARY_IMPL(fastvit_native, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&fastvit::attention_forward));
   m.impl("attention_backward", TORCH_BOX(&fastvit::attention_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastvit, CPU, m) {
+  m.impl("attention.cpu", TORCH_BOX(&fastvit::attention));
+  m.impl("attention_qkvpacked.cpu", TORCH_BOX(&fastvit::attention_qkvpacked));
 }

@@ -31,6 +31,12 @@ def load_error() -> str | None:
     return None
 
 
+def poison(wanted: bool) -> None:
+    """Fill what C++ allocates with NaN before the kernel runs, for tests, as torch can fill its ``torch.empty``."""
+    if load_error() is None:
+        importlib.import_module("fastvit._C").poison_outputs(wanted)
+
+
 def _why_not(device: torch.device, dtype: torch.dtype) -> list[str]:
     reasons = []
     if device.type != "cpu":

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastvit.ops import attention_op as _attention_op  # noqa: F401 (importing it registers the ops)
 from fastvit.ops.backends import check_backend_name
 from fastvit.ops.checks import check_bias, check_head_dim, check_same, check_scale, check_tensor
+from fastvit.ops.eager import attention_goes_straight, packed_goes_straight
 
 
 @overload
@@ -81,12 +82,29 @@ def attention(
 
     Source: Vaswani et al. 2017, equation 1; the tiling is that of Dao et al. 2022 (FlashAttention).
     """
+    straight = attention_goes_straight(backend, query, key, value, bias)
+    if not straight:
+        check_backend_name(backend)
+        _check_three(query, key, value)
+    batch, heads, seqlen_q, head_dim = query.shape
+    if bias is not None:
+        bias = check_bias("bias", bias, query, (batch, heads, seqlen_q, key.shape[2]))
+    scale = check_scale(scale, head_dim)
+    if straight:
+        output, lse = torch.ops.fastvit.attention.cpu(query, key, value, bias, is_causal, scale)
+    else:
+        output, lse = torch.ops.fastvit.attention(query, key, value, bias, is_causal, scale, backend)
+    return (output, lse) if return_lse else output
+
+
+def _check_three(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raise unless query, key and value are what :func:`attention` accepts."""
     check_tensor("query", query, 4, "[B, H, Nq, D]")
     check_tensor("key", key, 4, "[B, H, Nk, D]")
     check_tensor("value", value, 4, "[B, H, Nk, Dv]")
     check_same("key", key, "query", query)
     check_same("value", value, "query", query)
-    batch, heads, seqlen_q, head_dim = query.shape
+    batch, heads, _, head_dim = query.shape
     if key.shape[:2] != query.shape[:2] or key.shape[3] != head_dim:
         raise ValueError(
             f"key: got shape {tuple(key.shape)}; accepted is (batch, num_heads, seqlen_k, head_dim) = "
@@ -99,10 +117,6 @@ def attention(
         )
     check_head_dim("query", head_dim)
     check_head_dim("value", value.shape[3])
-    check_backend_name(backend)
-    bias = check_bias("bias", bias, query, (batch, heads, seqlen_q, key.shape[2]))
-    output, lse = torch.ops.fastvit.attention(query, key, value, bias, is_causal, check_scale(scale, head_dim), backend)
-    return (output, lse) if return_lse else output
 
 
 @overload
@@ -151,15 +165,27 @@ def attention_qkvpacked(
     Raises:
         As :func:`attention`.
     """
-    check_tensor("qkv", qkv, 5, "[B, N, 3, H, D]")
-    batch, seqlen, three, heads, head_dim = qkv.shape
-    if three != 3:
-        raise ValueError(f"qkv: got shape {tuple(qkv.shape)}; accepted is [B, N, 3, H, D], 3 for query, key and value")
-    check_head_dim("qkv", head_dim)
-    check_backend_name(backend)
-    bias = check_bias("bias", bias, qkv, (batch, heads, seqlen, seqlen))
-    output, lse = torch.ops.fastvit.attention_qkvpacked(qkv, bias, is_causal, check_scale(scale, head_dim), backend)
+    straight = packed_goes_straight(backend, qkv, bias)
+    if not straight:
+        check_backend_name(backend)
+        _check_packed(qkv)
+    batch, seqlen, _, heads, head_dim = qkv.shape
+    if bias is not None:
+        bias = check_bias("bias", bias, qkv, (batch, heads, seqlen, seqlen))
+    scale = check_scale(scale, head_dim)
+    if straight:
+        output, lse = torch.ops.fastvit.attention_qkvpacked.cpu(qkv, bias, is_causal, scale)
+    else:
+        output, lse = torch.ops.fastvit.attention_qkvpacked(qkv, bias, is_causal, scale, backend)
     return (output, lse) if return_lse else output
+
+
+def _check_packed(qkv: Tensor) -> None:
+    """Raise unless the packed projection is what :func:`attention_qkvpacked` accepts."""
+    check_tensor("qkv", qkv, 5, "[B, N, 3, H, D]")
+    if qkv.shape[2] != 3:
+        raise ValueError(f"qkv: got shape {tuple(qkv.shape)}; accepted is [B, N, 3, H, D], 3 for query, key and value")
+    check_head_dim("qkv", qkv.shape[4])
 
 
 def scaled_dot_product_attention(

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvit.kernels.spec import AttentionSpec
+from fastvit.kernels.spec import MAX_HEAD_DIM, AttentionSpec
 from fastvit.ops.autocast import register_autocast
 from fastvit.ops.autograd import register_autograd
-from fastvit.ops.backends import requested_backend, select
+from fastvit.ops.backends import requested_backend, runs_natively, select
 from fastvit.ops.batching import register_batching
 from fastvit.ops.checks import rows_contiguous
 
@@ -34,6 +34,10 @@ _LIBRARY.define(
     "attention_qkvpacked_backward(Tensor? grad_output, Tensor? grad_lse, Tensor qkv, Tensor? bias, Tensor output,"
     " Tensor lse, bool is_causal, float scale, str? backend) -> Tensor grad_qkv"
 )
+
+_OPS = torch.ops.fastvit
+# For calling one op inside another: a redispatched call is none of its own in a profile.
+_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 
 def _allocate_outputs(query: Tensor, head_dim_v: int) -> tuple[Tensor, Tensor]:
@@ -134,6 +138,8 @@ def _attention(
     scale: float,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
+    if query.is_cpu and runs_natively(backend) and max(query.shape[3], value.shape[3]) <= MAX_HEAD_DIM:
+        return _OPS.attention.cpu.redispatch(_CPU, query, key, value, bias, is_causal, scale)
     output, lse = _allocate_outputs(query, value.shape[3])
     _run_forward(query, key, value, bias, output, lse, is_causal, scale, backend)
     return output, lse
@@ -143,6 +149,8 @@ def _attention(
 def _attention_qkvpacked(
     qkv: Tensor, bias: Tensor | None, is_causal: bool, scale: float, backend: str | None
 ) -> tuple[Tensor, Tensor]:
+    if qkv.is_cpu and runs_natively(backend) and qkv.shape[4] <= MAX_HEAD_DIM:
+        return _OPS.attention_qkvpacked.cpu.redispatch(_CPU, qkv, bias, is_causal, scale)
     output, lse = _allocate_outputs_packed(qkv)
     _run_forward(*_unpack(qkv), bias, output.transpose(1, 2), lse, is_causal, scale, backend)
     return output, lse
@@ -255,7 +263,6 @@ def _refuse_double_backward(ctx: Any, *_: Tensor | None) -> None:
     raise NotImplementedError("fastvit attention: the second derivative is not supported; use torch's own attention")
 
 
-_OPS = torch.ops.fastvit
 register_autograd(_LIBRARY, _OPS.attention.default, _differentiate, _save_for_backward)
 register_autograd(_LIBRARY, _OPS.attention_qkvpacked.default, _differentiate_packed, _save_for_backward)
 for _name in ("attention_backward", "attention_qkvpacked_backward"):

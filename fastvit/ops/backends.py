@@ -16,6 +16,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
 
+from fastvit.kernels import native
 from fastvit.kernels.spec import AttentionSpec, Spec
 
 
@@ -66,6 +67,9 @@ SPECIFICATION = Place("reference", "none needed: the specification")
 AUTOMATIC_ORDER: dict[str, tuple[Place, ...]] = {
     "cpu": (Place("cpu", "benchmarks/results/cpu-amd-epyc-2026-11-21.csv"), SPECIFICATION),
 }
+_NATIVE_IS_FIRST = AUTOMATIC_ORDER["cpu"][0].backend == "cpu"
+# False where every call must pass through the functions of kernels/native.py, because a test has replaced one.
+direct_calls = True
 
 _requested: ContextVar[str | None] = ContextVar("fastvit_backend", default=None)
 
@@ -108,6 +112,16 @@ def backend(name: str | None) -> Iterator[None]:
 def requested_backend(explicit: str | None) -> str | None:
     """Return the explicit backend, else the one of the enclosing ``fastvit.backend`` block, else None."""
     return explicit if explicit is not None else _requested.get()
+
+
+def runs_natively(explicit: str | None) -> bool:
+    """Return whether a call on CPU tensors, of a spec that the ``cpu`` backend can run, runs on that backend.
+
+    It is what :func:`select` would find, without a spec.
+    """
+    name = explicit if explicit is not None else _requested.get()
+    chosen = _NATIVE_IS_FIRST if name is None else name == "cpu"
+    return chosen and direct_calls and native.load_error() is None
 
 
 def select(spec: Spec, explicit: str | None = None) -> ModuleType:

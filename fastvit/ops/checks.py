@@ -11,7 +11,7 @@ from torch import Tensor
 from fastvit.kernels.spec import MAX_HEAD_DIM
 from fastvit.ops.autocast import autocast_dtype
 
-FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOATING = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
 
 def check_tensor(name: str, value: object, rank: int, shape: str) -> Tensor:
@@ -29,7 +29,7 @@ def check_same(name: str, tensor: Tensor, other_name: str, other: Tensor) -> Non
     """Raise unless both tensors share a device and, after autocast, a dtype."""
     if tensor.device != other.device:
         raise ValueError(f"{name}: got device {tensor.device}; it must be on {other_name}'s device {other.device}")
-    if autocast_dtype(tensor) != autocast_dtype(other):
+    if tensor.dtype != other.dtype and autocast_dtype(tensor) != autocast_dtype(other):
         raise TypeError(f"{name}: got dtype {tensor.dtype}; it must have {other_name}'s dtype {other.dtype}")
 
 
