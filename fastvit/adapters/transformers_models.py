@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvit.adapters import TRANSFORMERS_NAME, register_swap
+from fastvit.adapters.reasons import LOOKS_LIKE_ATTENTION
 from fastvit.adapters.transformers_attention import EAGER, SDPA, register, weight_readers
 from fastvit.kernels.spec import MAX_HEAD_DIM, AttentionSpec, PatchEmbedSpec
 from fastvit.modules.fused import FusedForward, has_hooks, has_own_forward
@@ -53,7 +54,6 @@ FLAT_PATCH_EMBEDS = {
     "qwen2_vl.modeling_qwen2_vl": ("PatchEmbed",),
     "qwen3_vl.modeling_qwen3_vl": ("Qwen3VLVisionPatchEmbed",),
 }
-
 
 class _ConfigView:
     """A layer's config, as its forward sees it: all is the config's own, but the name of the implementation."""
@@ -224,6 +224,16 @@ def _why_call(proj: nn.Module) -> str | None:
 
 
 FORWARDS = ((FusedAttentionForward, ATTENTIONS), (FusedFlatPatchEmbedForward, FLAT_PATCH_EMBEDS))
+
+
+def called_by_name(module: nn.Module) -> str | None:
+    """Return the name by which transformers calls our attention for this layer, of any class; None if it does not."""
+    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    # A file of models that asks the interface has an eager function as its default.
+    asks = hasattr(sys.modules.get(type(module).__module__), "eager_attention_forward")
+    if implementation != TRANSFORMERS_NAME or not asks or not LOOKS_LIKE_ATTENTION.search(type(module).__name__):
+        return None
+    return f"attn_implementation='{TRANSFORMERS_NAME}'"
 
 
 def register_loaded() -> None:
