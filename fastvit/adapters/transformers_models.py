@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fastvit.adapters import TRANSFORMERS_NAME, register_swap
 from fastvit.adapters.reasons import LOOKS_LIKE_ATTENTION
 from fastvit.adapters.transformers_attention import EAGER, SDPA, register, weight_readers
+from fastvit.adapters.transformers_pool import FusedMaskedPoolingHeadForward, FusedPoolingHeadForward
 from fastvit.kernels.spec import MAX_HEAD_DIM, AttentionSpec, PatchEmbedSpec
 from fastvit.modules.fused import FusedForward, has_hooks, has_own_forward
 from fastvit.ops import patch_embed
@@ -54,6 +55,16 @@ FLAT_PATCH_EMBEDS = {
     "qwen2_vl.modeling_qwen2_vl": ("PatchEmbed",),
     "qwen3_vl.modeling_qwen3_vl": ("Qwen3VLVisionPatchEmbed",),
 }
+# They ask nn.MultiheadAttention for its weights, by torch's default, and drop them.
+POOLING_HEADS = {
+    "idefics2.modeling_idefics2": ("Idefics2MultiheadAttentionPoolingHead",),
+    "siglip.modeling_siglip": ("SiglipMultiheadAttentionPoolingHead",),
+}
+MASKED_POOLING_HEADS = {
+    "phi4_multimodal.modeling_phi4_multimodal": ("Phi4MultimodalVisionMultiheadAttentionPoolingHead",),
+    "siglip2.modeling_siglip2": ("Siglip2MultiheadAttentionPoolingHead",),
+}
+
 
 class _ConfigView:
     """A layer's config, as its forward sees it: all is the config's own, but the name of the implementation."""
@@ -223,7 +234,12 @@ def _why_call(proj: nn.Module) -> str | None:
     return None
 
 
-FORWARDS = ((FusedAttentionForward, ATTENTIONS), (FusedFlatPatchEmbedForward, FLAT_PATCH_EMBEDS))
+FORWARDS = (
+    (FusedAttentionForward, ATTENTIONS),
+    (FusedFlatPatchEmbedForward, FLAT_PATCH_EMBEDS),
+    (FusedPoolingHeadForward, POOLING_HEADS),
+    (FusedMaskedPoolingHeadForward, MASKED_POOLING_HEADS),
+)
 
 
 def called_by_name(module: nn.Module) -> str | None:
