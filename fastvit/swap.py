@@ -17,17 +17,14 @@ import torch
 from torch import nn
 from torch.torch_version import TorchVersion
 
-from fastvit.adapters import TRANSFORMERS_NAME, SwapTable, original_classes, registered
-from fastvit.adapters.reasons import why_not_fused
+from fastvit.adapters import SwapTable, called_by_name, original_classes, registered
+from fastvit.adapters.reasons import LOOKS_LIKE_ONE, why_not_fused
 from fastvit.kernels.spec import Spec
 from fastvit.modules.fused import ADDED_ATTRIBUTES, FusedForward
 from fastvit.ops.backends import AUTOMATIC_ORDER, BACKENDS, automatic_order, check_backend_name, requested_backend
 
 FUSED, ALREADY_FUSED, LEFT_ALONE, RESTORED = "fused", "already fused", "left alone", "restored"
 
-# What a person would call an attention layer or a patch embedding by its class name.
-LOOKS_LIKE_ONE = re.compile(r"attention|attn|patch_?embed|hybrid_?embed", re.IGNORECASE)
-ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 # Modules whose names differ in such a number only share a line of the table.
 NUMBER = re.compile(r"(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])")
 DERIVED = (
@@ -165,8 +162,8 @@ def _plan(model: nn.Module, table: SwapTable, backend: str | None) -> Iterator[t
             notes = [] if _derives_from_swapped(kind, originals) else ["built with fastvit.modules"]
             notes += kind.fastvit_fallbacks(module)
             row = SwapRow(path, originals.get(kind, kind).__name__, ALREADY_FUSED, "; ".join(notes), shown)
-        elif _runs_by_name(module, table):
-            row = SwapRow(path, kind.__name__, ALREADY_FUSED, f"attn_implementation='{TRANSFORMERS_NAME}'", "automatic")
+        elif (how := called_by_name(module)) and not _holds_a_layer(module, table):
+            row = SwapRow(path, kind.__name__, ALREADY_FUSED, how, "automatic")
         elif kind in table and not (obstacles := table[kind].fastvit_obstacles(module)):
             notes = table[kind].fastvit_fallbacks(module)
             row = SwapRow(path, kind.__name__, FUSED, "; ".join(notes), shown)
@@ -195,11 +192,14 @@ def _why_left_alone(module: nn.Module, table: SwapTable) -> str | None:
         return known
     # The innermost module of that name is the layer; one around it is a block, a wrapper or a whole model.
     if not hasattr(module, "fused_attn") and (
-        not LOOKS_LIKE_ONE.search(kind.__name__)
-        or any(_is_a_layer(child, table) for child in module.modules() if child is not module)
+        not LOOKS_LIKE_ONE.search(kind.__name__) or _holds_a_layer(module, table)
     ):
         return None
     return f"no fused version of {kind.__module__}.{kind.__qualname__}"
+
+
+def _holds_a_layer(module: nn.Module, table: SwapTable) -> bool:
+    return any(_is_a_layer(child, table) for child in module.modules() if child is not module)
 
 
 def _is_a_layer(module: nn.Module, table: SwapTable) -> bool:
@@ -214,16 +214,6 @@ def _is_a_layer(module: nn.Module, table: SwapTable) -> bool:
 
 def _is_container(module: nn.Module, table: SwapTable) -> bool:
     return any(isinstance(module, original) and fused.fastvit_container for original, fused in table.items())
-
-
-def _runs_by_name(module: nn.Module, table: SwapTable) -> bool:
-    """Return whether transformers calls our attention for this layer, of any class, because its config says so."""
-    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
-    # A file of models that asks the interface has an eager function as its default.
-    asks = hasattr(sys.modules.get(type(module).__module__), "eager_attention_forward")
-    if implementation != TRANSFORMERS_NAME or not asks or not ATTENTION.search(type(module).__name__):
-        return False
-    return not any(_is_a_layer(child, table) for child in module.modules() if child is not module)
 
 
 def _set_backend(module: nn.Module, backend: str | None) -> None:

@@ -133,7 +133,12 @@ MODELS: dict[str, tuple[Callable[..., Hidden], Callable[..., Inputs], str, list[
     "dinov2": (dinov2, pixels, "Dinov2Attention", ["Conv2d"]),
     "dinov2_with_registers": (dinov2_with_registers, pixels, "Dinov2WithRegistersAttention", ["Conv2d"]),
     "dinov3": (dinov3, pixels, "DINOv3ViTAttention", ["Conv2d"]),
-    "siglip": (siglip, pixels, "SiglipAttention", ["Conv2d", "MultiheadAttention"]),
+    "siglip": (
+        siglip,
+        pixels,
+        "SiglipAttention",
+        ["Conv2d", "MultiheadAttention", "SiglipMultiheadAttentionPoolingHead"],
+    ),
     "clip_vision": (clip_vision, pixels, "CLIPAttention", ["Conv2d"]),
     "clip_text": (clip_text, words, "CLIPAttention", []),
     "qwen_vision": (qwen_vision, patches, "Qwen2_5_VLVisionAttention", ["Qwen2_5_VisionPatchEmbed"]),

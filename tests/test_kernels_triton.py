@@ -1,8 +1,7 @@
-"""The Triton kernels, executed by Triton's interpreter, against float64; needs TRITON_INTERPRET=1 before triton."""
+"""The Triton attention, executed by Triton's interpreter, against float64; needs TRITON_INTERPRET=1 before triton."""
 
 from __future__ import annotations
 
-import mmap
 import os
 import subprocess
 import sys
@@ -18,7 +17,6 @@ from torch import Tensor
 
 from fastvit.kernels import triton as kernels
 from fastvit.kernels.spec import AttentionSpec, PatchEmbedSpec
-from fastvit.kernels.triton import configs
 from fastvit.testing import assert_close
 
 triton = pytest.importorskip("triton")
@@ -272,186 +270,6 @@ def test_two_runs_are_identical(dtype: torch.dtype) -> None:
     arguments = arguments_for(130, 70, 64, 64, dtype, bias=bias_for("additive", 130, 70, dtype))
     for first, second in zip(kernel_results(arguments), kernel_results(arguments), strict=True):
         assert torch.equal(first, second)
-
-
-def lazy_buffer(elements: int, dtype: torch.dtype) -> Tensor:
-    """Zeros whose pages exist only where they are touched."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-    return torch.frombuffer(mmap.mmap(-1, elements * dtype.itemsize, flags=flags), dtype=dtype)
-
-
-@pytest.fixture
-def no_copy_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep the interpreter from copying each storage onto itself after a launch: that would touch every page."""
-    executor = sys.modules["triton.runtime.interpreter"].GridExecutor
-    monkeypatch.setattr(executor, "_restore_args_dev", lambda *_: None)
-
-
-@pytest.mark.usefixtures("no_copy_back")
-@pytest.mark.parametrize(
-    "strides",
-    [(2**31 + 64, 1024, 16, 1), (64, 2**31 + 128, 16, 1), (4096, 2048, 2**30 + 16, 1)],
-    ids=["batch", "head", "row"],
-)
-def test_attention_past_two_billion_elements(strides: tuple[int, ...]) -> None:
-    shape = (2, 2, 3, 16)
-    elements = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1
-    arguments = arguments_for(3, 3, 16, 16, torch.float16)
-    far = {}
-    for name in ("query", "key", "value", "grad_output"):
-        far[name] = lazy_buffer(elements, torch.float16).as_strided(shape, strides)
-        far[name].copy_(arguments[name])
-    outputs = [lazy_buffer(elements, torch.float16).as_strided(shape, strides).fill_(NAN) for _ in range(4)]
-    lse = torch.full((2, 2, 3), NAN)
-    options = {"is_causal": False, "scale": 0.25}
-    inputs = [far[name] for name in ("query", "key", "value")]
-    kernels.attention_forward(*inputs, None, outputs[0], lse, **options)
-    kernels.attention_backward(
-        far["grad_output"], arguments["grad_lse"], *inputs, None, outputs[0], lse, *outputs[1:], **options
-    )
-    near = kernel_results(arguments)
-    for actual, expected in zip((outputs[0], lse, *outputs[1:]), near, strict=True):
-        assert torch.equal(actual, expected)
-
-
-@pytest.mark.usefixtures("no_copy_back")
-@pytest.mark.parametrize("strides", [(2**31 + 64, 64, 8, 1), (192, 2**30 + 32, 8, 1)], ids=["batch", "channel"])
-def test_patch_embed_past_two_billion_elements(strides: tuple[int, ...]) -> None:
-    shape = (2, 3, 8, 8)
-    elements = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1
-    near = normal(*shape, dtype=torch.float16, seed=1)
-    far = lazy_buffer(elements, torch.float16).as_strided(shape, strides)
-    far.copy_(near)
-    weight = normal(24, 3, 4, 4, dtype=torch.float16, seed=2)
-    grad_output = normal(2, 4, 24, dtype=torch.float16, seed=3)
-    results = []
-    for images in (near, far):
-        output, grad_weight = torch.full((2, 4, 24), NAN, dtype=torch.float16), poisoned(weight)
-        kernels.patch_embed_forward(images, weight, None, output)
-        kernels.patch_embed_backward_weight(grad_output, images, grad_weight, None)
-        grad_images = lazy_buffer(elements, torch.float16).as_strided(shape, strides).fill_(NAN)
-        kernels.patch_embed_backward_images(grad_output, weight, grad_images if images is far else images)
-        results.append((output, grad_weight, grad_images if images is far else images))
-    assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
-
-
-PATCH_CASES = [
-    # channels, grid, patch, embed_dim, stride where the patches do not tile
-    (3, (3, 5), (4, 4), 48, None),
-    (3, (2, 3), (8, 8), 130, None),
-    (3, (3, 2), (14, 14), 64, None),
-    (3, (2, 2), (16, 16), 192, None),
-    (1, (1, 2), (32, 32), 40, None),
-    (3, (2, 3), (14, 16), 17, None),
-    (5, (13, 11), (2, 1), 1, None),
-    (3, (5, 7), (7, 7), 96, (4, 4)),
-    (3, (3, 4), (16, 16), 64, (16, 8)),
-    (3, (4, 5), (4, 6), 33, (7, 3)),
-    (4, (4, 5), (3, 2), 40, (5, 4)),
-]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", ["nchw", "channels_last", "slice"])
-@pytest.mark.parametrize("case", PATCH_CASES, ids=lambda case: "x".join(map(str, case[2] + (case[4] or ()))))
-def test_patch_embed(case: tuple, layout: str, dtype: torch.dtype) -> None:
-    channels, (rows, columns), (height, width), embed_dim, stride = case
-    down, right = stride or (height, width)
-    # Beyond the last patch of those that do not tile there is less than another one.
-    spare = 0 if stride is None else min(down, right) - 1
-    lines, line = (rows - 1) * down + height + spare, (columns - 1) * right + width + spare
-    images = normal(2, channels, lines, line, dtype=dtype, seed=1)
-    if layout == "channels_last":
-        images = images.contiguous(memory_format=torch.channels_last)
-    elif layout == "slice":
-        # Three of four interleaved channels, every other row: no stride follows from another.
-        images = normal(2, 2 * lines, line, channels + 1, dtype=dtype, seed=1)
-        images = images[:, ::2, :, :channels].permute(0, 3, 1, 2)
-    weight = normal(embed_dim, channels, height, width, dtype=dtype, seed=2) * (channels * height * width) ** -0.5
-    bias = normal(embed_dim, dtype=dtype, seed=3) if layout != "slice" else None
-    grad_output = normal(2, rows * columns, embed_dim, dtype=dtype, seed=4)
-
-    def by_torch(kind: torch.dtype) -> list[Tensor]:
-        leaves = [tensor.detach().to(kind).requires_grad_() for tensor in (images, weight, bias) if tensor is not None]
-        convolved = F.conv2d(leaves[0], leaves[1], leaves[2] if len(leaves) > 2 else None, stride=(down, right))
-        output = convolved.flatten(2).transpose(1, 2)
-        return [output.detach(), *torch.autograd.grad(output, leaves, grad_output.to(kind))]
-
-    # The output leaves room for prefix tokens, as a model's buffer does.
-    output = torch.full((2, rows * columns + 1, embed_dim), NAN, dtype=dtype)[:, 1:]
-    grads = [poisoned(images), poisoned(weight), None if bias is None else poisoned(bias)]
-    kernels.patch_embed_forward(images, weight, bias, output, stride)
-    kernels.patch_embed_backward_weight(grad_output, images, grads[1], grads[2], stride)
-    if stride is None:
-        kernels.patch_embed_backward_images(grad_output, weight, grads[0])
-    actual = [output, *(grad for grad in grads if grad is not None)]
-    for name, ours, exact, own in zip(
-        ("output", "dX", "dW", "db"), actual, by_torch(torch.float64), by_torch(dtype), strict=False
-    ):
-        # Where patches overlap or leave gaps the op takes torch's gradient of the images.
-        if name != "dX" or stride is None:
-            assert_close(ours, exact, own, name)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_weight_gradient_is_split_and_deterministic(dtype: torch.dtype) -> None:
-    """800 tokens are summed in several spans, and an expanded gradient has a stride of 0."""
-    images = normal(2, 3, 80, 80, dtype=dtype, seed=1)
-    grad_output = normal(32, dtype=dtype, seed=2).expand(2, 400, 32)
-    assert configs.tokens_per_split(800, 1, 64) < 800
-    runs = []
-    for _ in range(2):
-        grad_weight, grad_bias = torch.full((32, 3, 4, 4), NAN, dtype=dtype), torch.full((32,), NAN, dtype=dtype)
-        kernels.patch_embed_backward_weight(grad_output, images, grad_weight, grad_bias)
-        runs.append((grad_weight, grad_bias))
-    assert torch.equal(runs[0][0], runs[1][0])
-    assert torch.equal(runs[0][1], runs[1][1])
-    results = []
-    for kind in (torch.float64, dtype):
-        weight = torch.zeros(32, 3, 4, 4, dtype=kind, requires_grad=True)
-        output = F.conv2d(images.to(kind), weight, stride=4).flatten(2).transpose(1, 2)
-        results.append(torch.autograd.grad(output, weight, grad_output.to(kind))[0])
-    assert_close(runs[0][0], *results, "dW")
-
-
-def test_grid_is_one_dimensional_past_65535_heads() -> None:
-    assert configs.grid(70_000, 49, 64) == (70_000,)
-    assert configs.grid(70_000, 197, 128) == (140_000,)
-    with pytest.raises(ValueError, match="programs"):
-        configs.grid(2**31, 1, 64)
-
-
-def test_programs_past_65535_heads_find_their_head() -> None:
-    """Only the last programs of a launch with 70,000 heads run: the interpreter would need an hour for all."""
-    from fastvit.kernels.triton import attention_fwd
-
-    executor = sys.modules["triton.runtime.interpreter"].GridExecutor
-    heads, first = 70_000, 69_997
-    query = normal(1, heads, 1, 16, seed=1)
-    output, lse = poisoned(query), torch.full((1, heads, 1), NAN)
-    original: Callable = executor.__call__
-
-    def last_programs(self: object, *arguments: object, **options: object) -> None:
-        builder = sys.modules["triton.runtime.interpreter"].interpreter_builder
-        set_index = builder.set_grid_idx
-        self.grid = (self.grid[0] - first,)
-        builder.set_grid_idx = lambda x, y, z: set_index(x + first, y, z)
-        try:
-            builder.set_grid_dim, set_dim = (lambda *_: set_dim(heads, 1, 1)), builder.set_grid_dim
-            original(self, *arguments, **options)
-        finally:
-            builder.set_grid_idx, builder.set_grid_dim = set_index, set_dim
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(executor, "__call__", last_programs)
-        attention_fwd.attention_forward(query, query, query, None, output, lse, is_causal=False, scale=0.25)
-    assert torch.equal(output[:, first:], query[:, first:])
-    assert output[:, :first].isnan().all()
-
-
-@pytest.mark.parametrize(("seqlen", "tail"), [(64, 16), (65, 16), (197, 16), (90, 32), (49, 64), (127, 64)])
-def test_tail_blocks_fit_what_is_left(seqlen: int, tail: int) -> None:
-    assert configs.tail_block(seqlen, 64) == tail
 
 
 def spec(**changes: object) -> AttentionSpec:

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 import fastvit
 from fastvit.swap import swap, unswap
 from fastvit.testing import Comparison, compare
-from tests.swapping import SEPARATE, forward_backward, normal, ops_run, state
-from tests.test_swap import run_python
+from tests.swapping import SEPARATE, forward_backward, normal, ops_run, run_python, state
 
 transformers = pytest.importorskip("transformers")
 

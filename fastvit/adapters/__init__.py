@@ -6,6 +6,7 @@ import importlib
 import inspect
 import sys
 import warnings
+from typing import cast
 
 from torch import nn
 
@@ -151,6 +152,15 @@ def original_classes() -> dict[type[nn.Module], type[nn.Module]]:
     """Return the plain class of every fused class, those included that were replaced in the table since."""
     registered()
     return dict(_ORIGINALS)
+
+
+def called_by_name(module: nn.Module) -> str | None:
+    """Return how a library calls our ops for this layer without a swap; None if it does not."""
+    for adapter in ADAPTERS.values():
+        loaded = sys.modules.get(adapter)
+        if loaded is not None and (how := getattr(loaded, "called_by_name", lambda _: None)(module)):
+            return cast(str, how)
+    return None
 
 
 def register_transformers() -> None:

@@ -7,38 +7,10 @@ from typing import Any, cast
 from dinov2.layers import attention as dinov2_attention
 from dinov2.layers.attention import Attention, MemEffAttention
 from dinov2.layers.patch_embed import PatchEmbed
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastvit.adapters import register_swap
-from fastvit.modules.attention import FusedAttentionForward
-from fastvit.modules.patch_embed import FusedPatchEmbedForward
-
-PARTS = frozenset({"qkv", "proj", "proj_drop"})
-
-
-class ScaledAttentionForward(FusedAttentionForward):
-    """A self-attention whose ``attn_drop`` is a probability and no module, as torch's function takes it."""
-
-    fastvit_parts = PARTS
-    # These classes have a `scale` and leave it to torch's function, which takes 1/sqrt(head_dim).
-    fused_attn = True
-    attn_drop: Any
-
-    @classmethod
-    def fastvit_fallbacks(cls, module: nn.Module) -> list[str]:
-        """Return in which situations, as the module stands now, the repository's own forward would run."""
-        probability = cast(float, module.attn_drop)
-        return [f"attn_drop p={probability:g} runs the plain forward in training"] if probability > 0 else []
-
-    def _why_plain(self, attn_mask: Tensor | None, is_causal: bool) -> str | None:
-        if self.training and self.attn_drop > 0:
-            return f"attention dropout (p={self.attn_drop:g}) has no kernel yet"
-        return super()._why_plain(attn_mask, is_causal)
-
-    def _attended(self, x: Tensor, is_causal: bool) -> Tensor:
-        batch, seqlen, _ = x.shape
-        qkv = self.qkv(x).reshape(batch, seqlen, 3, self.num_heads, self.fastvit_head_dim(self))
-        return self._finish(self._attend_projected(qkv, None, is_causal))
+from fastvit.adapters.dino import DinoPatchEmbedForward, ScaledAttentionForward
 
 
 class FusedAttention(ScaledAttentionForward, Attention):
@@ -78,16 +50,12 @@ class FusedMemEffAttention(ScaledAttentionForward, MemEffAttention):
         return self._attended(x, False)
 
 
-class FusedPatchEmbed(FusedPatchEmbedForward, PatchEmbed):
+class FusedPatchEmbed(DinoPatchEmbedForward, PatchEmbed):
     """dinov2.layers.patch_embed.PatchEmbed after a swap."""
-
-    flatten_embedding: bool
 
     def _fused_forward(self, images: Tensor) -> Tensor:
         self._check_multiple(*images.shape[2:])
-        grid = self._embed_grid(images)  # [B, rows, columns, D]
-        tokens = self.norm(grid.flatten(1, 2))
-        return cast(Tensor, tokens if self.flatten_embedding else tokens.unflatten(1, grid.shape[1:3]))
+        return super()._fused_forward(images)
 
 
 register_swap(Attention, FusedAttention)

@@ -9,11 +9,9 @@ from dinov3.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 
 from fastvit.adapters import register_swap
+from fastvit.adapters.dino import PARTS, DinoPatchEmbedForward, ScaledAttentionForward
 from fastvit.modules.attention import FusedAttentionForward
 from fastvit.modules.fused import has_hooks
-from fastvit.modules.patch_embed import FusedPatchEmbedForward
-
-PARTS = frozenset({"qkv", "attn_drop", "proj", "proj_drop"})
 
 
 class FusedSelfAttention(FusedAttentionForward, SelfAttention):
@@ -24,7 +22,7 @@ class FusedSelfAttention(FusedAttentionForward, SelfAttention):
     ``attn_drop`` that it never applies.
     """
 
-    fastvit_parts = PARTS
+    fastvit_parts = PARTS | {"attn_drop"}
     # Its scale is the one of torch's function.
     fused_attn = True
     forward = SelfAttention.forward  # type: ignore[assignment]
@@ -60,38 +58,19 @@ class FusedSelfAttention(FusedAttentionForward, SelfAttention):
         return self._attend(query, key, value).flatten(2)
 
 
-class FusedCausalSelfAttention(FusedAttentionForward, CausalSelfAttention):
-    """dinov3.layers.attention.CausalSelfAttention after a swap; its ``attn_drop`` is a probability and no module."""
-
-    fastvit_parts = PARTS - {"attn_drop"}
-    fused_attn = True
-    attn_drop: Any
-
-    @classmethod
-    def fastvit_fallbacks(cls, module: nn.Module) -> list[str]:
-        """Return in which situations, as the module stands now, the repository's own forward would run."""
-        probability = cast(float, module.attn_drop)
-        return [f"attn_drop p={probability:g} runs the plain forward in training"] if probability > 0 else []
+class FusedCausalSelfAttention(ScaledAttentionForward, CausalSelfAttention):
+    """dinov3.layers.attention.CausalSelfAttention after a swap."""
 
     def forward(self, x: Tensor, is_causal: bool = True) -> Tensor:  # type: ignore[override]
         """Return the attended tokens [B, N, dim] of x [B, N, dim]."""
-        if self.training and self.attn_drop > 0:
-            self._warn_fallback(f"attention dropout (p={self.attn_drop:g}) has no kernel yet")
+        if reason := self._why_plain(None, is_causal):
+            self._warn_fallback(reason)
             return cast(Tensor, CausalSelfAttention.forward(self, x, is_causal))
-        batch, seqlen, _ = x.shape
-        packed = self.qkv(x).reshape(batch, seqlen, 3, self.num_heads, self.fastvit_head_dim(self))
-        return self._finish(self._attend_packed(packed, None, is_causal))
+        return self._attended(x, is_causal)
 
 
-class FusedPatchEmbed(FusedPatchEmbedForward, PatchEmbed):
+class FusedPatchEmbed(DinoPatchEmbedForward, PatchEmbed):
     """dinov3.layers.patch_embed.PatchEmbed after a swap; pixels beyond the last whole patch are dropped, as there."""
-
-    flatten_embedding: bool
-
-    def _fused_forward(self, images: Tensor) -> Tensor:
-        grid = self._embed_grid(images)  # [B, rows, columns, D]
-        tokens = self.norm(grid.flatten(1, 2))
-        return cast(Tensor, tokens if self.flatten_embedding else tokens.unflatten(1, grid.shape[1:3]))
 
 
 register_swap(SelfAttention, FusedSelfAttention)

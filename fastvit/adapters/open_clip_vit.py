@@ -13,7 +13,7 @@ from open_clip.transformer import Attention
 from torch import Tensor, nn
 
 from fastvit.adapters import register_swap
-from fastvit.modules.attention import FusedAttentionForward, _is_no_op
+from fastvit.modules.attention import FusedAttentionForward, is_no_op
 
 PROJECTIONS = frozenset({"in_proj_weight", "in_proj_bias", "out_proj", "out_drop", "attn_drop"})
 PARTS = PROJECTIONS | {"ln_q", "ln_k", "ln_inner", "logit_scale", "head_scale"}
@@ -75,7 +75,7 @@ class FusedAttention(FusedAttentionForward, Attention):
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         qkv = qkv.reshape(batch, seqlen, 3, self.num_heads, self.head_dim)
         bias = None if attn_mask is None else self._as_bias(attn_mask, qkv)
-        if _is_no_op(self.ln_q) and _is_no_op(self.ln_k):
+        if is_no_op(self.ln_q) and is_no_op(self.ln_k):
             heads = self._attend_packed(qkv, bias)
         else:
             query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, H, N, D]

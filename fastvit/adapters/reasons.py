@@ -5,9 +5,16 @@ Names only: nothing here imports a library. A class that is not in the table is 
 
 from __future__ import annotations
 
+import re
+
 from torch import nn
 
+# What a person would call an attention layer, and that or a patch embedding, by its class name.
+LOOKS_LIKE_ATTENTION = re.compile("attention|attn", re.IGNORECASE)
+LOOKS_LIKE_ONE = re.compile(f"{LOOKS_LIKE_ATTENTION.pattern}|patch_?embed|hybrid_?embed", re.IGNORECASE)
+
 WINDOWED = "attention in windows with a relative position bias and a mask: left alone until the op carries windows"
+WINDOWS_AND_GRIDS = "attention in windows and grids with a relative position bias: left alone until the op carries both"
 WINDOWS_ONLY = "attention in windows or blocks of tokens: left alone until the op carries windows"
 COSINE = "cosine attention in windows, with a learned temperature: left alone until the op carries both"
 POOLED = "pooled query, key and value with a decomposed relative position bias: left alone until the op carries it"
@@ -119,7 +126,22 @@ _TIMM = {
     "models.xcit.ConvPatchEmbed": STACKED.format("3×3/2 convolutions"),
     "models.xcit.XCA": CHANNELS,
 }
-REASONS = {f"timm.{name}": reason for name, reason in _TIMM.items()}
+_TORCHVISION = {
+    "models.maxvit.RelativePositionalMultiHeadAttention": WINDOWS_AND_GRIDS,
+    "models.swin_transformer.ShiftedWindowAttention": WINDOWED,
+    "models.swin_transformer.ShiftedWindowAttentionV2": COSINE,
+}
+_TRANSFORMERS = {
+    "aimv2.modeling_aimv2.Aimv2AttentionPoolingHead": CROSS,
+    "audio_spectrogram_transformer.modeling_audio_spectrogram_transformer.ASTPatchEmbeddings": (
+        OVERLAPPING.format("convolution of a spectrogram")
+    ),
+}
+REASONS = {
+    **{f"timm.{name}": reason for name, reason in _TIMM.items()},
+    **{f"torchvision.{name}": reason for name, reason in _TORCHVISION.items()},
+    **{f"transformers.models.{name}": reason for name, reason in _TRANSFORMERS.items()},
+}
 
 
 def why_not_fused(kind: type[nn.Module]) -> str | None:

@@ -78,9 +78,12 @@ def attention_forward(
         )
     implementation = _implementation(module)
     causal = False
-    # A statement, not an operand: the length may be symbolic, and the op takes a bool. Eager attention knows no flag.
-    if implementation == SDPA and attention_mask is None and query.shape[2] > 1:
-        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    # Eager attention knows no flag. The length is asked last and in a statement: it may be symbolic, the op takes a
+    # bool, and torch.export knows nothing of the lengths of Qwen's windows, which are not causal.
+    if implementation == SDPA and attention_mask is None:
+        is_flagged = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        if is_flagged and query.shape[2] > 1:
+            causal = True
     if _weights_wanted(kwargs) and (eager := _eager_function(type(module))) is not None:
         _warn(module, "output_attentions asks for the attention weights")
         asked = dict(kwargs, scaling=scaling, dropout=dropout)
@@ -94,6 +97,9 @@ def attention_forward(
         query = query.expand(key.shape[0], -1, -1, -1)  # learned queries, which SDPA broadcasts too
     if (groups := getattr(module, "num_key_value_groups", 1)) > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    if torch.compiler.is_compiling():
+        # Qwen's layers split key and value by lengths that each reads from a tensor: equal, and two to a trace.
+        torch._check(key.shape[2] == value.shape[2])
     backend = getattr(module, "_fastvit_backend", None)
     heads = attention(query, key, value, bias=attention_mask, is_causal=causal, scale=scaling, backend=backend)
     return cast(Tensor, heads).transpose(1, 2), None

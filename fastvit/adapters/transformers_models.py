@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvit.adapters import TRANSFORMERS_NAME, register_swap
+from fastvit.adapters.reasons import LOOKS_LIKE_ATTENTION
 from fastvit.adapters.transformers_attention import EAGER, SDPA, register, weight_readers
+from fastvit.adapters.transformers_pool import FusedMaskedPoolingHeadForward, FusedPoolingHeadForward
 from fastvit.kernels.spec import MAX_HEAD_DIM, AttentionSpec, PatchEmbedSpec
 from fastvit.modules.fused import FusedForward, has_hooks, has_own_forward
 from fastvit.ops import patch_embed
@@ -52,6 +54,15 @@ FLAT_PATCH_EMBEDS = {
     "qwen2_5_vl.modeling_qwen2_5_vl": ("Qwen2_5_VisionPatchEmbed",),
     "qwen2_vl.modeling_qwen2_vl": ("PatchEmbed",),
     "qwen3_vl.modeling_qwen3_vl": ("Qwen3VLVisionPatchEmbed",),
+}
+# They ask nn.MultiheadAttention for its weights, by torch's default, and drop them.
+POOLING_HEADS = {
+    "idefics2.modeling_idefics2": ("Idefics2MultiheadAttentionPoolingHead",),
+    "siglip.modeling_siglip": ("SiglipMultiheadAttentionPoolingHead",),
+}
+MASKED_POOLING_HEADS = {
+    "phi4_multimodal.modeling_phi4_multimodal": ("Phi4MultimodalVisionMultiheadAttentionPoolingHead",),
+    "siglip2.modeling_siglip2": ("Siglip2MultiheadAttentionPoolingHead",),
 }
 
 
@@ -223,7 +234,22 @@ def _why_call(proj: nn.Module) -> str | None:
     return None
 
 
-FORWARDS = ((FusedAttentionForward, ATTENTIONS), (FusedFlatPatchEmbedForward, FLAT_PATCH_EMBEDS))
+FORWARDS = (
+    (FusedAttentionForward, ATTENTIONS),
+    (FusedFlatPatchEmbedForward, FLAT_PATCH_EMBEDS),
+    (FusedPoolingHeadForward, POOLING_HEADS),
+    (FusedMaskedPoolingHeadForward, MASKED_POOLING_HEADS),
+)
+
+
+def called_by_name(module: nn.Module) -> str | None:
+    """Return the name by which transformers calls our attention for this layer, of any class; None if it does not."""
+    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    # A file of models that asks the interface has an eager function as its default.
+    asks = hasattr(sys.modules.get(type(module).__module__), "eager_attention_forward")
+    if implementation != TRANSFORMERS_NAME or not asks or not LOOKS_LIKE_ATTENTION.search(type(module).__name__):
+        return None
+    return f"attn_implementation='{TRANSFORMERS_NAME}'"
 
 
 def register_loaded() -> None:

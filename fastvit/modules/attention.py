@@ -149,7 +149,7 @@ class FusedAttentionForward(FusedForward):
     def _attend_projected(self, qkv: Tensor, bias: Tensor | None, is_causal: bool) -> Tensor:
         """Return the heads [B, N, H, D] of a packed projection [B, N, 3, H, D], normalised per head where asked."""
         q_norm, k_norm = getattr(self, "q_norm", None), getattr(self, "k_norm", None)
-        if _is_no_op(q_norm) and _is_no_op(k_norm):
+        if is_no_op(q_norm) and is_no_op(k_norm):
             return self._attend_packed(qkv, bias, is_causal)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, H, N, D]
         return self._attend(self.q_norm(query), self.k_norm(key), value, bias, is_causal)
@@ -189,7 +189,8 @@ def _matrix_readers(module: nn.Module) -> list[str]:
     return readers
 
 
-def _is_no_op(norm: nn.Module | None) -> bool:
+def is_no_op(norm: nn.Module | None) -> bool:
+    """Return whether a normalisation is absent, or an Identity that nobody listens to."""
     return norm is None or (type(norm) is nn.Identity and not has_hooks(norm))
 
 

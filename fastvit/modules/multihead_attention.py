@@ -213,7 +213,7 @@ class FusedMultiheadAttention(FusedForward, nn.MultiheadAttention):
     @classmethod
     def fastvit_fallbacks(cls, module: nn.Module) -> list[str]:
         """Return in which situations, as the module stands now, torch's own forward would run."""
-        # Its callers decide: torchvision asks for no weights, SigLIP's pooling head does, by torch's default.
+        # Its callers decide: torchvision asks for no weights, and transformers' pooling heads no longer once swapped.
         fallbacks = ["need_weights=True, the default of a call, runs the plain forward"]
         if dropout := cast(float, module.dropout):
             fallbacks.append(f"dropout p={dropout:g} runs the plain forward in training")
