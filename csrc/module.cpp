@@ -34,12 +34,13 @@ PYBIND11_MODULE(_C, m) {
         pybind11::call_guard<pybind11::gil_scoped_release>(),
         "Return GFLOP/s of float32 multiply-adds in registers on torch's threads, in the instruction set in use: the "
         "best burst of `seconds`.");
-  m.def("attention_scratch", &fastvit::attention_scratch, pybind11::arg("seqlen_q"), pybind11::arg("seqlen_k"),
-        pybind11::arg("head_dim"), pybind11::arg("head_dim_v"), pybind11::arg("dtype") = "float32",
-        pybind11::arg("bias") = false,
-        "Return the scratch of attention on the CPU in bytes, linear in the lengths: [forward per thread, backward per "
-        "thread, leaves that a head can be cut into, bytes of a leaf's sums]. At most 8 leaves' sums per thread are held "
-        "beside it, and only where heads do not deal out evenly. A thread keeps its scratch until it ends.");
+  m.def(
+      "attention_scratch", &fastvit::attention_scratch, pybind11::arg("seqlen_q"), pybind11::arg("seqlen_k"),
+      pybind11::arg("head_dim"), pybind11::arg("head_dim_v"), pybind11::arg("dtype") = "float32",
+      pybind11::arg("bias") = false,
+      "Return the scratch of attention on the CPU in bytes, linear in the lengths: [forward per thread, backward per "
+      "thread, leaves that a head can be cut into, bytes of a leaf's sums]. At most 8 leaves' sums per thread are held "
+      "beside it, and only where heads do not deal out evenly. A thread keeps its scratch until it ends.");
   m.def("held_scratch", &fastvit::held_scratch, "Return the bytes of scratch that the calling thread holds.");
   m.def("poison_outputs", &fastvit::poison_outputs, pybind11::arg("wanted"),
         "Fill the outputs that fastvit::attention.cpu allocates with NaN before the kernel runs: for tests.");

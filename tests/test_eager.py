@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -178,3 +179,17 @@ def test_what_does_not_fit_is_refused_by_the_checks() -> None:
         assert not eager.packed_goes_straight(None, wrong_packed, None)
         with pytest.raises(ValueError, match=r"^qkv: got"):
             fastvit.attention_qkvpacked(wrong_packed)
+
+
+@pytest.mark.parametrize("name", ["_is_tracing", "_len_torch_dispatch_stack"])
+def test_a_torch_without_what_we_ask_takes_the_long_way(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch._C, name)
+    specification = importlib.util.spec_from_file_location("another_eager", eager.__file__)
+    assert specification is not None
+    assert specification.loader is not None
+    another = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(another)
+    tensors = three(1, 1, 4, 8)
+    assert eager.attention_goes_straight(None, *tensors, None)
+    assert not another.attention_goes_straight(None, *tensors, None)
+    assert not another.packed_goes_straight(None, torch.randn(1, 4, 3, 1, 8), None)

@@ -9,19 +9,26 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._C import (
-    _are_functorch_transforms_active,
-    _is_any_autocast_enabled,
-    _is_tracing,
-    _len_torch_dispatch_stack,
-    _len_torch_function_stack,
-)
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from fastvit.kernels.spec import MAX_HEAD_DIM
 from fastvit.ops.backends import runs_natively
 from fastvit.ops.checks import FLOATING
+
+try:
+    from torch._C import (
+        _are_functorch_transforms_active,
+        _is_any_autocast_enabled,
+        _is_tracing,
+        _len_torch_dispatch_stack,
+        _len_torch_function_stack,
+    )
+
+    CAN_TELL = hasattr(forward_ad, "_current_level")
+except ImportError:
+    # Names that torch keeps to itself: where one is gone, every call takes the long way.
+    CAN_TELL = False
 
 
 def attention_goes_straight(
@@ -70,7 +77,8 @@ def _is_watched(bias: Tensor | None) -> bool:
     bias of a class of its own. Shapes must not even be compared then: it could become a condition of the graph.
     """
     return (
-        is_compiling()
+        not CAN_TELL
+        or is_compiling()
         or _len_torch_dispatch_stack() > 0
         or _len_torch_function_stack() > 0
         or _are_functorch_transforms_active()
