@@ -64,7 +64,7 @@ class AttentionShape:
 
 @dataclass(frozen=True)
 class PatchShape:
-    """Sizes of a patch embedding; ``mode`` also "stem", "stem compiled" and "tubelet" (two frames deep)."""
+    """Sizes of a patch embedding; ``mode`` also "forward channels_last", "stem", "stem compiled", "tubelet"."""
 
     batch: int
     image: int
@@ -210,7 +210,7 @@ def _everything(device: str) -> Shapes:
 
 def patch_embed(device: str) -> Iterator[Work]:
     """Yield the patch-embedding suite."""
-    modes = ("forward", "stem compiled", "stem", "tubelet", "backward", "forward + backward")
+    modes = ("forward", "forward channels_last", "stem compiled", "stem", "tubelet", "backward", "forward + backward")
     for index, dtype in enumerate(DTYPES[device]):
         for mode in modes:
             for number, sizes in enumerate(PATCHES[device]):

@@ -70,9 +70,9 @@ def gate(
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Return each backend's worst error as a part of what is allowed, and why another cannot run the case."""
     grid, channels = shape.image // shape.patch, 3 * (TUBELET if shape.mode == "tubelet" else 1)
-    case = PatchEmbedCase(
-        min(shape.batch, 2), channels, (grid, grid), (shape.patch, shape.patch), shape.embed_dim, dtype
-    )
+    layout = "nhwc" if shape.mode == FORWARD_CHANNELS_LAST else "nchw"
+    sizes = (min(shape.batch, 2), channels, (grid, grid), (shape.patch, shape.patch), shape.embed_dim)
+    case = PatchEmbedCase(*sizes, dtype, layout=layout)
     rules, absent = {}, {}
     for backend in backends:
         try:
@@ -101,7 +101,7 @@ def _build(shape: PatchShape, dtype: torch.dtype, device: str, name: str, functi
         extra = (normal(1, 1, dim), normal(1, tokens + 1, dim))
     grad = normal(shape.batch, tokens, dim) if backward else normal(1)
     leaves = [weight.requires_grad_(backward), bias.requires_grad_(backward)]
-    if name == CHANNELS_LAST:
+    if name == CHANNELS_LAST or shape.mode == FORWARD_CHANNELS_LAST:
         images = images.contiguous(memory_format=torch.channels_last)
         # As a model in channels_last has its weight, converted once.
         weight = weight.detach().contiguous(memory_format=torch.channels_last).requires_grad_(backward)
@@ -113,6 +113,8 @@ def _build(shape: PatchShape, dtype: torch.dtype, device: str, name: str, functi
 
 
 CHANNELS_LAST, FLOOR = "Conv2d channels_last", "Linear on ready patches"
+# Images and weight in channels_last on both sides.
+FORWARD_CHANNELS_LAST = "forward channels_last"
 
 
 def _conv(images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -157,6 +159,8 @@ def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _functions(mode: str) -> dict[str, Callable[..., Tensor]]:
     """Return the peers of a mode."""
+    if mode == FORWARD_CHANNELS_LAST:
+        return {"Conv2d": _conv}
     if mode == "tubelet":
         return {"Conv3d": _conv3d, "unfold + Linear": _unfold_tubelets}
     if mode == "stem":
@@ -188,6 +192,7 @@ def _ours(mode: str, backend: str) -> Callable[..., Tensor]:
 
 _OURS: dict[str, Callable[..., Tensor]] = {
     "forward": fastvit.patch_embed,
+    FORWARD_CHANNELS_LAST: fastvit.patch_embed,
     "backward": fastvit.patch_embed,
     "forward + backward": fastvit.patch_embed,
     "stem": _our_stem,

@@ -123,7 +123,9 @@ def test_each_attention_contest_computes_the_same_on_both_sides(mode: str, bias:
     same_on_both_sides(contest)
 
 
-@pytest.mark.parametrize("mode", ["forward", "backward", "forward + backward", "stem", "tubelet"])
+@pytest.mark.parametrize(
+    "mode", ["forward", "forward channels_last", "backward", "forward + backward", "stem", "tubelet"]
+)
 def test_each_patch_embed_contest_computes_the_same_on_both_sides(mode: str) -> None:
     contest = suite_patch_embed.contest(tiny_patches(mode), "cpu", ("cpu",))
     assert contest.rules["cpu"] <= 1

@@ -17,6 +17,15 @@ from fastvit.ops.autocast import register_autocast
 from fastvit.ops.autograd import register_autograd
 from fastvit.ops.backends import check_backend_name, requested_backend, select
 from fastvit.ops.batching import register_patch_embed_batching
+from fastvit.ops.channels_last import (
+    Stride,
+    as_one_channel,
+    in_channels_last,
+    reads_as_one_channel,
+    stride_as_one_channel,
+    weight_as_one_channel,
+    weight_from_one_channel,
+)
 from fastvit.ops.checks import check_pair, check_same, check_tensor, rows_contiguous
 
 
@@ -113,8 +122,6 @@ _LIBRARY.define(
     " SymInt[2]? stride=None) -> Tensor grad_images"
 )
 
-Stride = Sequence[int] | None
-
 
 def _spec(images: Tensor, weight: Tensor, stride: Stride) -> PatchEmbedSpec:
     batch, channels, height, width = images.shape
@@ -132,8 +139,11 @@ def _allocate_tokens(images: Tensor, weight: Tensor, stride: Stride) -> Tensor:
 def _patch_embed(
     images: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None, stride: Stride = None
 ) -> Tensor:
-    kernels = select(_spec(images, weight, stride), backend)
     output = _allocate_tokens(images, weight, stride)
+    if reads_as_one_channel(images, weight, output.shape[1]):
+        stride = stride_as_one_channel(stride, images.shape[1])
+        images, weight = as_one_channel(images), weight_as_one_channel(weight)
+    kernels = select(_spec(images, weight, stride), backend)
     if output.numel():
         contiguous_bias = None if bias is None else bias.contiguous()
         kernels.patch_embed_forward(images, weight.contiguous(), contiguous_bias, output, stride)
@@ -144,27 +154,45 @@ def _patch_embed(
 def _patch_embed_backward_weight(
     grad_output: Tensor, images: Tensor, weight: Tensor, backend: str | None, stride: Stride = None
 ) -> tuple[Tensor, Tensor]:
-    kernels = select(_spec(images, weight, stride), backend)
-    grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    grad_bias = weight.new_empty(weight.shape[0])
+    embed_dim, channels, height, width = weight.shape
+    is_one_channel = reads_as_one_channel(images, weight, grad_output.shape[1])
+    if is_one_channel:
+        stride = stride_as_one_channel(stride, channels)
+        images = as_one_channel(images)
+        grad_weight = weight.new_empty(embed_dim, 1, height, width * channels)
+    else:
+        grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    grad_bias = weight.new_empty(embed_dim)
+    kernels = select(_spec(images, grad_weight, stride), backend)
     if grad_output.numel():
         kernels.patch_embed_backward_weight(rows_contiguous(grad_output), images, grad_weight, grad_bias, stride)
     else:
         grad_weight.zero_()
         grad_bias.zero_()
-    return grad_weight, grad_bias
+    if is_one_channel:
+        grad_weight = weight_from_one_channel(grad_weight, channels)
+    return grad_weight.contiguous(memory_format=_layout(weight)), grad_bias
+
+
+def _layout(weight: Tensor) -> torch.memory_format:
+    return torch.channels_last if in_channels_last(weight) else torch.contiguous_format
 
 
 @torch.library.impl(_LIBRARY, "patch_embed_backward_images", "CompositeExplicitAutograd")
 def _patch_embed_backward_images(
     grad_output: Tensor, images: Tensor, weight: Tensor, backend: str | None, stride: Stride = None
 ) -> Tensor:
-    kernels = select(_spec(images, weight, stride), backend)
     grad_images = torch.empty_like(images)
-    if not grad_output.numel():
-        return grad_images
     if stride is None:
-        kernels.patch_embed_backward_images(rows_contiguous(grad_output), weight.contiguous(), grad_images)
+        written = grad_images
+        if reads_as_one_channel(grad_images, weight, grad_output.shape[1]):
+            written, weight = as_one_channel(grad_images), weight_as_one_channel(weight)
+        kernels = select(_spec(written, weight, stride), backend)
+        if grad_output.numel():
+            kernels.patch_embed_backward_images(rows_contiguous(grad_output), weight.contiguous(), written)
+        return grad_images
+    select(_spec(images, weight, stride), backend)
+    if not grad_output.numel():
         return grad_images
     grid = grad_output.transpose(1, 2).unflatten(2, patch_grid(images.shape[2:], weight.shape[2:], stride))
     summed = _convolution_backward(grid, images, weight, stride)
@@ -192,7 +220,7 @@ def _patch_embed_fake(
 def _patch_embed_backward_weight_fake(
     grad_output: Tensor, images: Tensor, weight: Tensor, backend: str | None, stride: Stride = None
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(weight, memory_format=torch.contiguous_format), weight.new_empty(weight.shape[0])
+    return torch.empty_like(weight, memory_format=_layout(weight)), weight.new_empty(weight.shape[0])
 
 
 @torch.library.register_fake("fastvit::patch_embed_backward_images", lib=_LIBRARY)
