@@ -7,6 +7,7 @@ import torch
 
 from fastvit.swap import swap
 from fastvit.testing import AttentionCase, assert_close, check_attention, check_model, compare, compare_runs, livened
+from fastvit.testing.model import _own_paths
 from fastvit.testing.rule import BLOCK
 
 
@@ -186,6 +187,21 @@ def test_check_model_sees_a_swap_that_computes_something_else(monkeypatch: pytes
 
     monkeypatch.setattr(adapter.FusedMultiheadAttention, "forward", off)
     assert not all(comparison.passed for comparison in check_model(model, x))
+
+
+def test_patches_are_cut_in_both_of_torchs_ways() -> None:
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, (7, 5), (4, 3), padding=(3, 1)), torch.nn.Conv2d(8, 8, 3, 2, 1, groups=8)
+    )
+    x = torch.randn(2, 3, 30, 31)
+    *others, (unfolded, _) = _own_paths(model)
+    assert all(variant is model for variant, _ in others)
+    assert [type(layer) is torch.nn.Conv2d for layer in unfolded] == [False, True]
+    assert {type(layer) for layer in model} == {torch.nn.Conv2d}
+    torch.testing.assert_close(unfolded(x), model(x))
+    ours, theirs = (torch.autograd.grad(each(x).square().sum(), list(each.parameters())) for each in (unfolded, model))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert all(variant is model[1] for variant, _ in _own_paths(model[1]))
 
 
 def test_check_model_needs_something_to_compare() -> None:

@@ -6,9 +6,10 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
@@ -36,9 +37,10 @@ def check_model(
 
     Returns:
         A comparison for each floating output ("output 0", …) and, under its name, for each parameter's gradient.
-        PyTorch's own result is, for each tensor, the one that errs most of its default attention, its math path, and
-        attention written out where the model offers that (timm's ``fused_attn``, transformers' "eager"): in a chain of
-        layers the largest error of a single run is a draw of luck.
+        PyTorch's own result is, for each tensor, the one that errs most of its default attention, its math path,
+        attention written out where the model offers that (timm's ``fused_attn``, transformers' "eager"), and the
+        convolutions that cut patches as unfold and a product: in a chain of layers the largest error of a single run
+        is a draw of luck.
 
     Raises:
         ValueError: the model returns no floating tensor.
@@ -114,6 +116,28 @@ def _own_paths(model: nn.Module) -> Iterator[tuple[nn.Module, AbstractContextMan
         written_out.set_attn_implementation("eager")  # type: ignore[operator]
     if switches or is_transformers:
         yield written_out, nullcontext()
+    unfolded = copy.deepcopy(model)
+    convolutions = [module for module in unfolded.modules() if type(module) is nn.Conv2d and _cuts_patches(module)]
+    for convolution in convolutions:
+        convolution.__class__ = _UnfoldedConv2d
+    if convolutions:
+        yield unfolded, nullcontext()
+
+
+def _cuts_patches(convolution: nn.Conv2d) -> bool:
+    is_plain = convolution.groups == 1 and convolution.padding_mode == "zeros" and max(convolution.dilation) == 1
+    return is_plain and not isinstance(convolution.padding, str) and min(convolution.stride) > 1
+
+
+class _UnfoldedConv2d(nn.Conv2d):
+    """A Conv2d as unfold and a product, PyTorch's other implementation of it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        padding = cast(tuple[int, int], self.padding)  # no str: see _cuts_patches
+        sizes = zip(input.shape[2:], self.kernel_size, self.stride, padding, strict=True)
+        grid = [(size + 2 * around - kernel) // stride + 1 for size, kernel, stride, around in sizes]
+        patches = F.unfold(input, self.kernel_size, 1, padding, self.stride).transpose(1, 2)
+        return F.linear(patches, self.weight.flatten(1), self.bias).transpose(1, 2).unflatten(2, grid)
 
 
 def _widened(tree: Any) -> Any:
