@@ -8,7 +8,9 @@ test_swap_rewritten.py and test_transforms.py.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -267,3 +269,19 @@ def test_compile_with_a_dynamic_batch(name: str) -> None:
         for batch in (2, 5):
             torch.testing.assert_close(compiled(x(batch)), model(x(batch)), rtol=1e-4, atol=1e-4)
         assert ops_run(lambda: compiled(x(5))) == MODELS[name][1]
+
+
+@of("torchvision", "transformers", "torch.nn", *CLIPS)
+def test_aot_inductor_package(name: str, tmp_path: Path) -> None:
+    model = build(name)
+    swap(model, strict=True)
+    batches = ({0: torch.export.Dim("batch", min=1, max=64)},)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(model, (x(3),), dynamic_shapes=batches)
+        loaded = torch._inductor.aoti_load_package(
+            torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+        )
+        for batch in (1, 5):
+            torch.testing.assert_close(loaded(x(batch)), model(x(batch)), rtol=1e-4, atol=1e-4)
+        assert ops_run(lambda: loaded(x(5))) == MODELS[name][1]
