@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastvit.adapters import register_swap
 from fastvit.kernels.spec import PatchEmbedSpec
-from fastvit.modules.fused import FusedForward, has_own_forward, strangers
+from fastvit.modules.fused import FusedForward, own_obstacles
 from fastvit.modules.patch_embed import embed_grid, why_call
 
 
@@ -29,11 +29,7 @@ class FusedOverlappingForward(FusedForward):
     @classmethod
     def fastvit_obstacles(cls, module: nn.Module) -> list[str]:
         """Return why ``module`` cannot take this forward at all; empty means that it can."""
-        obstacles = []
-        if has_own_forward(module):
-            obstacles.append("its forward was replaced on the instance")
-        if unknown := strangers(module, cls.fastvit_children):
-            obstacles.append(f"it has parts that fastvit does not know: {', '.join(unknown)}")
+        obstacles = own_obstacles(module, cls.fastvit_children)
         obstacles += [f"it lacks {name}" for name in sorted(cls.fastvit_children) if name not in module._modules]
         return obstacles
 

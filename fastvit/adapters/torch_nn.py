@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastvit.adapters import register_swap
 from fastvit.kernels.spec import PatchEmbedSpec
-from fastvit.modules.fused import FusedForward, has_own_forward, strangers
+from fastvit.modules.fused import FusedForward, own_obstacles
 from fastvit.modules.multihead_attention import FusedMultiheadAttention
 from fastvit.modules.patch_embed import embed_grid
 from fastvit.ops.checks import FLOATING
@@ -39,8 +39,8 @@ class FusedTransformerEncoderLayer(FusedForward, nn.TransformerEncoderLayer):
     @classmethod
     def fastvit_obstacles(cls, module: nn.Module) -> list[str]:
         """Return why ``module`` would gain nothing or cannot take this forward; empty means that it can."""
-        if has_own_forward(module):
-            return ["its forward was replaced on the instance"]
+        if obstacles := own_obstacles(module):
+            return obstacles
         attention = module._modules.get("self_attn")
         if attention is None or type(attention) not in (nn.MultiheadAttention, FusedMultiheadAttention):
             return [f"its self_attn is a {type(attention).__module__}.{type(attention).__qualname__}"]
@@ -104,11 +104,7 @@ class FusedPatchConv2d(FusedForward, nn.Conv2d):
     def fastvit_obstacles(cls, module: nn.Module) -> list[str]:
         """Return why ``module`` cannot take this forward at all; empty means that it can."""
         conv = cast(nn.Conv2d, module)
-        obstacles = []
-        if has_own_forward(conv):
-            obstacles.append("its forward was replaced on the instance")
-        if unknown := strangers(conv, frozenset({"weight", "bias"})):
-            obstacles.append(f"it has parts that fastvit does not know: {', '.join(unknown)}")
+        obstacles = own_obstacles(conv, frozenset({"weight", "bias"}))
         if conv.in_channels > MOST_CHANNELS:
             obstacles.append(f"{conv.in_channels} channels are a feature map, no image: at most {MOST_CHANNELS}")
         if getattr(conv, "weight", None) is not None and conv.weight.dtype not in FLOATING:

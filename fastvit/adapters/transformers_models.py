@@ -21,7 +21,7 @@ from fastvit.adapters.reasons import LOOKS_LIKE_ATTENTION
 from fastvit.adapters.transformers_attention import EAGER, SDPA, register, weight_readers
 from fastvit.adapters.transformers_pool import FusedMaskedPoolingHeadForward, FusedPoolingHeadForward
 from fastvit.kernels.spec import MAX_HEAD_DIM, AttentionSpec, PatchEmbedSpec
-from fastvit.modules.fused import FusedForward, has_hooks, has_own_forward
+from fastvit.modules.fused import FusedForward, has_hooks, has_own_forward, own_obstacles
 from fastvit.ops import patch_embed
 
 # The implementations whose masks mean what ours do: None, a bool or an additive [B, 1 or H, Nq, Nk]. A layer that was
@@ -136,8 +136,8 @@ class FusedAttentionForward(FusedForward):
     @classmethod
     def fastvit_obstacles(cls, module: nn.Module) -> list[str]:
         """Return why ``module`` cannot take this forward at all; empty means that it can."""
-        if has_own_forward(module):
-            return ["its forward was replaced on the instance"]
+        if obstacles := own_obstacles(module):
+            return obstacles
         if "config" not in module.__dict__:
             return ["it lacks config"]
         obstacles = []
@@ -187,7 +187,7 @@ class FusedFlatPatchEmbedForward(FusedForward):
     @classmethod
     def fastvit_obstacles(cls, module: nn.Module) -> list[str]:
         """Return why ``module`` cannot take this forward at all; empty means that it can."""
-        return ["its forward was replaced on the instance"] if has_own_forward(module) else []
+        return own_obstacles(module)
 
     @classmethod
     def fastvit_fallbacks(cls, module: nn.Module) -> list[str]:

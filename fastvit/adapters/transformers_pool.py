@@ -7,7 +7,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from fastvit.modules.fused import FusedForward, has_own_forward
+from fastvit.modules.fused import FusedForward, own_obstacles
 from fastvit.modules.multihead_attention import FusedMultiheadAttention
 
 
@@ -45,8 +45,8 @@ class FusedPoolingHeadForward(FusedForward):
     @classmethod
     def fastvit_obstacles(cls, module: nn.Module) -> list[str]:
         """Return why ``module`` would gain nothing or cannot take this forward; empty means that it can."""
-        if has_own_forward(module):
-            return ["its forward was replaced on the instance"]
+        if obstacles := own_obstacles(module):
+            return obstacles
         attention = module._modules.get("attention")
         if type(attention) not in (nn.MultiheadAttention, FusedMultiheadAttention):
             return [f"its attention is a {type(attention).__module__}.{type(attention).__qualname__}"]

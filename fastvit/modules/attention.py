@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvit.kernels.spec import MAX_HEAD_DIM, AttentionSpec
-from fastvit.modules.fused import FusedForward, has_hooks, has_own_forward, strangers
+from fastvit.modules.fused import FusedForward, has_hooks, has_own_forward, own_obstacles
 from fastvit.ops import attention, attention_qkvpacked
 from fastvit.ops.backends import check_backend_name
 
@@ -68,11 +68,7 @@ class FusedAttentionForward(FusedForward):
     @classmethod
     def fastvit_obstacles(cls, module: nn.Module) -> list[str]:
         """Return why ``module`` cannot take this forward at all; empty means that it can."""
-        obstacles = []
-        if has_own_forward(module):
-            obstacles.append("its forward was replaced on the instance")
-        if unknown := strangers(module, cls.fastvit_parts):
-            obstacles.append(f"it has parts that fastvit does not know: {', '.join(unknown)}")
+        obstacles = own_obstacles(module, cls.fastvit_parts)
         if missing := [name for name in cls.fastvit_needs if not hasattr(module, name)]:
             obstacles.append(f"it lacks {', '.join(missing)}")
         elif (head_dim := cls.fastvit_head_dim(module)) > MAX_HEAD_DIM:

@@ -77,7 +77,10 @@ def has_own_forward(module: nn.Module) -> bool:
     return "forward" in module.__dict__
 
 
-def strangers(module: nn.Module, known: frozenset[str]) -> list[str]:
-    """Return the names of children, parameters and buffers of the module itself that are not ``known``."""
-    own = [*module._modules, *module._parameters, *module._buffers]
-    return [name for name in own if name not in known]
+def own_obstacles(module: nn.Module, known: frozenset[str] | None = None) -> list[str]:
+    """Return why this instance cannot take any fused forward: its own forward, or parts that are not ``known``."""
+    obstacles = ["its forward was replaced on the instance"] if has_own_forward(module) else []
+    parts = [*module._modules, *module._parameters, *module._buffers]
+    if unknown := [name for name in parts if known is not None and name not in known]:
+        obstacles.append(f"it has parts that fastvit does not know: {', '.join(unknown)}")
+    return obstacles

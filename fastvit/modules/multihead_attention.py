@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvit.kernels.spec import MAX_HEAD_DIM, AttentionSpec
-from fastvit.modules.fused import FusedForward, has_hooks, has_own_forward, strangers
+from fastvit.modules.fused import FusedForward, has_hooks, own_obstacles
 from fastvit.ops import attention, attention_qkvpacked
 
 PARTS = frozenset(
@@ -201,11 +201,7 @@ class FusedMultiheadAttention(FusedForward, nn.MultiheadAttention):
     @classmethod
     def fastvit_obstacles(cls, module: nn.Module) -> list[str]:
         """Return why ``module`` cannot take this forward at all; empty means that it can."""
-        obstacles = []
-        if has_own_forward(module):
-            obstacles.append("its forward was replaced on the instance")
-        if unknown := strangers(module, PARTS):
-            obstacles.append(f"it has parts that fastvit does not know: {', '.join(unknown)}")
+        obstacles = own_obstacles(module, PARTS)
         if (head_dim := cast(int, getattr(module, "head_dim", 0))) > MAX_HEAD_DIM:
             obstacles.append(f"head_dim {head_dim}: at most {MAX_HEAD_DIM}")
         return obstacles

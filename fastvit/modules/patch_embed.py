@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvit.kernels.spec import PatchEmbedSpec, patch_grid
-from fastvit.modules.fused import FusedForward, has_hooks, has_own_forward, strangers
+from fastvit.modules.fused import FusedForward, has_hooks, has_own_forward, own_obstacles
 from fastvit.ops import patch_embed
 from fastvit.ops.backends import check_backend_name
 
@@ -29,14 +29,10 @@ def embed_grid(
     padding: tuple[int, int] = (0, 0),
 ) -> Tensor:
     """Return the grid of tokens [B, rows, columns, D]; like conv2d, drop pixels beyond the last whole patch."""
-    height, width = images.shape[2] + 2 * padding[0], images.shape[3] + 2 * padding[1]
-    patch = (weight.shape[2], weight.shape[3])
-    grid = patch_grid((height, width), patch, stride)
-    if stride is not None or height % patch[0] or width % patch[1]:
-        tokens = patch_embed(images, weight, bias, stride=stride or patch, padding=padding, backend=backend)
-    else:
-        tokens = patch_embed(images, weight, bias, padding=padding, backend=backend)
-    return tokens.unflatten(1, grid)
+    size = (images.shape[2] + 2 * padding[0], images.shape[3] + 2 * padding[1])
+    steps = (weight.shape[2], weight.shape[3]) if stride is None else stride
+    tokens = patch_embed(images, weight, bias, stride=steps, padding=padding, backend=backend)
+    return tokens.unflatten(1, patch_grid(size, weight.shape[2:], steps))
 
 
 @torch.fx.wrap
@@ -75,11 +71,7 @@ class FusedPatchEmbedForward(FusedForward):
     @classmethod
     def fastvit_obstacles(cls, module: nn.Module) -> list[str]:
         """Return why ``module`` cannot take this forward at all; empty means that it can."""
-        obstacles = []
-        if has_own_forward(module):
-            obstacles.append("its forward was replaced on the instance")
-        if unknown := strangers(module, CHILDREN):
-            obstacles.append(f"it has parts that fastvit does not know: {', '.join(unknown)}")
+        obstacles = own_obstacles(module, CHILDREN)
         if "proj" not in module._modules:
             obstacles.append("it lacks proj")
         return obstacles
