@@ -29,10 +29,15 @@ def embed_grid(
     padding: tuple[int, int] = (0, 0),
 ) -> Tensor:
     """Return the grid of tokens [B, rows, columns, D]; like conv2d, drop pixels beyond the last whole patch."""
-    size = (images.shape[2] + 2 * padding[0], images.shape[3] + 2 * padding[1])
-    steps = (weight.shape[2], weight.shape[3]) if stride is None else stride
-    tokens = patch_embed(images, weight, bias, stride=steps, padding=padding, backend=backend)
-    return tokens.unflatten(1, patch_grid(size, weight.shape[2:], steps))
+    height, width = images.shape[2] + 2 * padding[0], images.shape[3] + 2 * padding[1]
+    patch = (weight.shape[2], weight.shape[3])
+    grid = patch_grid((height, width), patch, stride)
+    # torch.jit.trace gives sizes as tensors, which a stride cannot be: where the patches tile, none is given.
+    if stride is not None or height % patch[0] or width % patch[1]:
+        tokens = patch_embed(images, weight, bias, stride=stride or patch, padding=padding, backend=backend)
+    else:
+        tokens = patch_embed(images, weight, bias, padding=padding, backend=backend)
+    return tokens.unflatten(1, grid)
 
 
 @torch.fx.wrap
