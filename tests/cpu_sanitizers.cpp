@@ -317,6 +317,11 @@ const AttentionCase kAttention[] = {
     {1, 1, 9, 7, 5, 5, "padded", 0, false, true},
     {1, 1, 5, 1100, 16, 16, "bhnd", 2 | 1},  // several blocks of keys
     {1, 1, 301, 7, 16, 16},                  // leaves of several blocks, parts of several leaves
+    // Enough keys for the parts of split.h.
+    {1, 2, 70, 97, 64, 40, "packed"},
+    {2, 1, 35, 131, 72, 72, "padded", 8 | 2 | 1, false, true, true},
+    {1, 1, 81, 81, 64, 64, "bhnd", -1, true},
+    {1, 1, 520, 65, 64, 64, "packed"},  // eight leaves of groups, one of two
 };
 
 const PatchCase kPatches[] = {

@@ -189,8 +189,11 @@ def test_no_tile_state_is_left_behind(tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        fastvit.attention_qkvpacked(torch.randn(1, 50, 3, 2, 32, dtype=torch.bfloat16))
-        assert state.in_use() == 0
+        for dtype in (torch.bfloat16, torch.float32):
+            packed = torch.randn(1, 90, 3, 2, 64, dtype=dtype, requires_grad=True)
+            fastvit.attention_qkvpacked(packed).sum().backward()
+            assert packed.grad is not None
+            assert state.in_use() == 0
         weight = torch.randn(8, 3, 4, 4, dtype=torch.bfloat16, requires_grad=True)
         fastvit.patch_embed(torch.randn(1, 3, 16, 16, dtype=torch.bfloat16), weight).sum().backward()
         assert weight.grad is not None

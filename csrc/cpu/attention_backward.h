@@ -40,6 +40,8 @@ class AttentionBackward {
     leaves_ = max64(1, min64(blocks_, kLeaves));
   }
 
+  // Another number of leaves than this kernel's own, for one that shares the sums with it.
+  void set_leaves(int64_t leaves) { leaves_ = leaves; }
   int64_t leaves() const { return leaves_; }
   int64_t partial_bytes() const { return sums_size_ * int64_t(sizeof(T)); }
   int64_t scratch_bytes() {
@@ -88,7 +90,7 @@ class AttentionBackward {
     }
   }
 
- private:
+ protected:
   void allocate(Arena& arena) {
     const int64_t keys = p_.seqlen_k, bias_size = p_.bias.type == BiasType::kNone ? 0 : W * round_up(keys, L);
     key_ = PackedMatrix<T>::take(arena, keys, p_.head_dim);
@@ -193,6 +195,10 @@ class AttentionBackward {
       softmax_backward(block, v, keys, probabilities + v * L, grad_scores + v * L);
     }
     packed_product<T, false>(key_columns_, p_.head_dim, 0, keys, block.vectors(), grad_scores, grad_query_lanes_);
+    write_grad_query(block);
+  }
+
+  void write_grad_query(const QueryBlock<T>& block) const {
     In* grad_query = mutable_head_of<In>(p_.grad_query, batch_, head_) + block.first * p_.grad_query.row_stride;
     for (int64_t first = 0; first < block.count; first += L) {
       store_transposed(grad_query_lanes_ + first, W, splat(T(p_.scale)), min64(L, block.count - first), p_.head_dim,
@@ -257,8 +263,13 @@ class AttentionBackward {
     load_transposed(rows, padded, block.count, block.count, columns, T(1), lanes, W);
   }
 
-  // Turns the scores `p` into P and dP, `ds`, into dS, for vector v of the queries.
-  void softmax_backward(const QueryBlock<T>& block, int v, int64_t keys, T* p, T* ds) const {
+  // P = exponential · inverse, dS = P · (dP - delta + shift), one row per lane.
+  struct Rows {
+    Vec<T> inverse, delta, shift;
+  };
+
+  // Turns the scores `p` into exponentials, for vector v of the queries; `ds` holds dP.
+  Rows exponentials(const QueryBlock<T>& block, int v, int64_t keys, T* p, const T* ds) const {
     const int64_t offset = (block.batch * p_.num_heads + block.head) * p_.seqlen_q + block.first + v * L;
     Vec<T> grad_lse{};
     for (int lane = 0; p_.grad_lse != nullptr && lane < L && v * L + lane < block.count; ++lane) {
@@ -290,11 +301,16 @@ class AttentionBackward {
       });
       rest += part[0] + part[1];
     });
-    const Vec<T> shift = grad_lse - rest;
+    return {inverse, delta, grad_lse - rest};
+  }
+
+  // Turns the scores `p` into P and dP, `ds`, into dS, for vector v of the queries.
+  void softmax_backward(const QueryBlock<T>& block, int v, int64_t keys, T* p, T* ds) const {
+    const Rows rows = exponentials(block, v, keys, p, ds);
     for (int64_t j = 0; j < keys; ++j) {
-      const Vec<T> probability = load(p + j * W) * inverse, centred = load(ds + j * W) - delta;
+      const Vec<T> probability = load(p + j * W) * rows.inverse, centred = load(ds + j * W) - rows.delta;
       store(p + j * W, probability);
-      store(ds + j * W, probability * (centred + shift));
+      store(ds + j * W, probability * (centred + rows.shift));
     }
   }
 
@@ -316,33 +332,5 @@ class AttentionBackward {
   T *head_sums_, *leaf_sums_;        // dK and dV
   T *bias_rows_, *bias_lanes_;
 };
-
-template <class F>
-inline void with_attention_backward(const AttentionBackwardParams& p, const F& f) {
-  dispatch_dtype(p.dtype, [&](auto tag) {
-    AttentionBackward<typename decltype(tag)::type> op(p);
-    f(op);
-  });
-}
-
-inline AttentionBackwardSizes attention_backward_sizes(const AttentionBackwardParams& p) {
-  AttentionBackwardSizes sizes;
-  with_attention_backward(p, [&](auto& op) { sizes = {op.scratch_bytes(), op.leaves(), op.partial_bytes()}; });
-  return sizes;
-}
-
-inline void attention_backward(const AttentionBackwardParams& p, int64_t begin, int64_t end) {
-  with_attention_backward(p, [&](auto& op) { op.run(begin, end); });
-}
-
-inline void attention_backward_parts(const AttentionBackwardParams& p, const AttentionSplit& split, int64_t begin,
-                                     int64_t end) {
-  with_attention_backward(p, [&](auto& op) { op.run_parts(split, begin, end); });
-}
-
-inline void attention_backward_reduce(const AttentionBackwardParams& p, const AttentionSplit& split, int64_t begin,
-                                      int64_t end) {
-  with_attention_backward(p, [&](auto& op) { op.reduce(split, begin, end); });
-}
 
 }  // namespace fastvit::cpu::FASTVIT_CAPABILITY

@@ -168,6 +168,17 @@ struct Scale {
   T scores;
 };
 
+// Scales the products K · Q^T of keys [first_key, first_key + keys), and adds bias and causal mask.
+template <class T>
+void finish_scores(const AttentionParams& p, const QueryBlock<T>& block, T scale, int64_t first_key, int64_t keys,
+                   T* scores, T* bias_rows, T* bias_lanes) {
+  if (scale != T(1)) {
+    for (int64_t i = 0; i < keys * kPanel<T>; i += kLanes<T>) store(scores + i, load(scores + i) * scale);
+  }
+  if (p.bias.type != BiasType::kNone) add_bias(p.bias, block, first_key, keys, scores, bias_rows, bias_lanes);
+  if (p.is_causal) mask_causal(block, first_key, keys, scores);
+}
+
 // S^T = K · Q^T · scale (+ bias, causal mask) for the first `keys` of the keys in `key`, of which the first is
 // `first_key`. Keys beyond them in the same tile may get scores too.
 template <class T>
@@ -175,11 +186,7 @@ void compute_scores(const AttentionParams& p, const QueryBlock<T>& block, const 
                     const T* query_lanes, T scale, int64_t first_key, int64_t keys, T* scores, T* bias_rows,
                     T* bias_lanes) {
   packed_product<T, false>(key, keys, 0, p.head_dim, block.vectors(), query_lanes, scores);
-  if (scale != T(1)) {
-    for (int64_t i = 0; i < keys * kPanel<T>; i += kLanes<T>) store(scores + i, load(scores + i) * scale);
-  }
-  if (p.bias.type != BiasType::kNone) add_bias(p.bias, block, first_key, keys, scores, bias_rows, bias_lanes);
-  if (p.is_causal) mask_causal(block, first_key, keys, scores);
+  finish_scores(p, block, scale, first_key, keys, scores, bias_rows, bias_lanes);
 }
 
 }  // namespace fastvit::cpu::FASTVIT_CAPABILITY

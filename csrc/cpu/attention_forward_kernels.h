@@ -13,8 +13,16 @@ struct AttentionForwardForm {
 };
 #if defined(__AMX_BF16__)
 template <>
+struct AttentionForwardForm<float> {
+  using type = AttentionForwardTiles<float>;
+};
+template <>
+struct AttentionForwardForm<Half> {
+  using type = AttentionForwardTiles<Half>;
+};
+template <>
 struct AttentionForwardForm<BFloat16> {
-  using type = AttentionForwardTiles;
+  using type = AttentionForwardTiles<BFloat16>;
 };
 #endif
 

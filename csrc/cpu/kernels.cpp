@@ -2,7 +2,7 @@
 // FASTVIT_CAPABILITY.
 #include "kernels.h"
 
-#include "attention_backward.h"
+#include "attention_backward_kernels.h"
 #include "attention_forward_kernels.h"
 #include "fma_peak.h"
 #include "patch_embed_kernels.h"

@@ -154,6 +154,7 @@ struct TileOperands {
   float* c;
   int64_t c_stride;
   int64_t c_panel = kTilePanel;  // from one panel of columns of C to the next
+  int64_t b_depth = 0;           // k of the packed B, where the product takes only a part of it
 };
 
 // R × C tiles of C over `steps` steps of k; `add` continues the sums that C holds.
@@ -204,7 +205,7 @@ inline void tile_product(const TileOperands& o, int64_t rows, int64_t columns, i
     const int64_t steps = min64(longest, all_steps - step);
     const bool add = accumulate || step > 0;
     for (int64_t column = 0; column < columns; column += kTilePanel) {
-      const BFloat16* b = o.b + column * k + step * 2 * kTileSide * kTileDepth;
+      const BFloat16* b = o.b + column * (o.b_depth == 0 ? k : o.b_depth) + step * 2 * kTileSide * kTileDepth;
       for (int64_t row = 0; row < rows; row += 2 * kTileSide) {
         const TileOperands block{o.a + row * o.a_stride + step * kTileDepth, o.a_stride, b,
                                  o.c + column / kTilePanel * o.c_panel + row * o.c_stride, o.c_stride};

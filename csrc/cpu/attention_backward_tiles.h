@@ -1,0 +1,251 @@
+// Attention backward with the products in AMX tiles (split.h); what is computed, and in which order of leaves, is that
+// of attention_backward.h. A leaf is a run of groups, each one product: its blocks of queries are steps of k.
+#pragma once
+
+#include "attention_backward.h"
+#include "split.h"
+
+#if defined(__AMX_BF16__)
+
+namespace fastvit::cpu::FASTVIT_CAPABILITY {
+
+template <class In>
+class AttentionBackwardTiles : private AttentionBackward<In> {
+  using Base = AttentionBackward<In>;
+  static_assert(__is_same(Compute<In>, float));
+  static constexpr int L = kLanes<float>;
+  static constexpr int64_t W = kPanel<float>;
+  static constexpr int64_t kGroupBlocks = kGroupQueries / W;
+  static constexpr int P = kParts<In>, kComputed = kComputedParts<In>;
+  static_assert(W == kTileDepth, "a block of queries is one step of k");
+
+ public:
+  explicit AttentionBackwardTiles(const AttentionBackwardParams& p) : Base(p), plain_(p) {
+    groups_ = ceil_div(this->blocks_, kGroupBlocks);
+    this->leaves_ = max64(1, min64(groups_, kLeaves));
+    plain_.set_leaves(this->leaves_);
+  }
+  using Base::leaves, Base::partial_bytes, Base::reduce;
+
+  int64_t scratch_bytes() {
+    Arena measure;
+    allocate(measure);
+    return max64(measure.used(), plain_.scratch_bytes());
+  }
+
+  void run(int64_t begin, int64_t end) {
+    if (!split_pays<In>(p_)) return plain_.run(begin, end);
+    prepare();
+    const TileSession session;
+    for (int64_t index = begin; index < end; ++index) {
+      if (load_head(index)) {
+        run_leaves(0, this->leaves_, head_sums_);
+        this->write_sums(0, p_.seqlen_k, head_sums_);
+      } else {
+        plain_.run(index, index + 1);
+      }
+    }
+  }
+
+  void run_parts(const AttentionSplit& split, int64_t begin, int64_t end) {
+    if (!split_pays<In>(p_)) return plain_.run_parts(split, begin, end);
+    prepare();
+    const TileSession session;
+    int64_t loaded = -1;
+    bool fits = false;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t index = split.first_head + task / this->leaves_, leaf = task % this->leaves_;
+      if (index != loaded) fits = load_head(loaded = index);
+      if (fits) {
+        run_leaves(leaf, leaf + 1, this->partial(split, task));
+      } else {
+        plain_.run_parts(split, task, task + 1);
+      }
+    }
+  }
+
+ private:
+  using Base::p_, Base::scale_, Base::padded_dim_, Base::padded_dim_v_, Base::sums_size_, Base::batch_, Base::head_,
+      Base::bias_rows_, Base::bias_lanes_, Base::grad_query_lanes_, Base::head_sums_, Base::leaf_sums_;
+  using Rows = typename Base::Rows;
+
+  void prepare() {
+    Arena arena(thread_scratch(scratch_bytes()));
+    allocate(arena);
+  }
+
+  void allocate(Arena& arena) {
+    const int64_t keys = p_.seqlen_k, padded_keys = round_up(keys, kTileDepth);
+    const int64_t bias_size = p_.bias.type == BiasType::kNone ? 0 : W * round_up(keys, L);
+    key_ = SplitMatrix<P>::take(arena, keys, p_.head_dim);
+    value_ = SplitMatrix<P>::take(arena, keys, p_.head_dim_v);
+    key_columns_ = SplitMatrix<P>::take(arena, p_.head_dim, keys);
+    query_lanes_ = SplitMatrix<P>::take(arena, W, p_.head_dim);
+    grad_output_lanes_ = SplitMatrix<P>::take(arena, W, p_.head_dim_v);
+    query_rows_ = SplitMatrix<P>::take(arena, p_.head_dim, kGroupQueries);
+    grad_output_rows_ = SplitMatrix<P>::take(arena, p_.head_dim_v, kGroupQueries);
+    probabilities_ = SplitMatrix<kComputed>::take(arena, padded_keys, kGroupQueries);
+    grad_scores_ = SplitMatrix<kComputed>::take(arena, padded_keys, kGroupQueries);
+    grad_scores_lanes_ = SplitMatrix<kComputed>::take(arena, W, keys);
+    scores_ = arena.take<float>(padded_keys * W);
+    grad_probabilities_ = arena.take<float>(padded_keys * W);
+    grad_query_lanes_ = arena.take<float>(round_up(p_.head_dim, kTileSide) * W);
+    sum_ = arena.take<float>(kTilePanel * max64(padded_dim_, padded_dim_v_));
+    bias_rows_ = arena.take<float>(bias_size);
+    bias_lanes_ = arena.take<float>(bias_size);
+    head_sums_ = arena.take<float>(sums_size_);
+    leaf_sums_ = arena.take<float>(this->leaves_ < groups_ ? sums_size_ : 0);
+  }
+
+  // Packs a head's keys and values; returns whether all that its products read fits the tiles.
+  bool load_head(int64_t index) {
+    this->place(index);
+    const In *key = head_of<In>(p_.key, batch_, head_), *value = head_of<In>(p_.value, batch_, head_);
+    Range keys, values, queries, grad_outputs, again;
+    split_a(key, p_.key.row_stride, p_.seqlen_k, p_.head_dim, 1.0f, key_, keys);
+    split_a(value, p_.value.row_stride, p_.seqlen_k, p_.head_dim_v, 1.0f, value_, values);
+    add_rows(p_.query, p_.head_dim, scale_.queries, queries);
+    add_rows(p_.grad_output, p_.head_dim_v, 1, grad_outputs);
+    if (!keys.fits() || !values.fits() || !queries.fits() || !grad_outputs.fits()) return false;
+    if (p_.grad_lse != nullptr) {
+      Range grad_lse;
+      const float* row = static_cast<const float*>(p_.grad_lse) + index * p_.seqlen_q;
+      for (int64_t i = 0; i < p_.seqlen_q; i += L) grad_lse.add(load_first(row + i, p_.seqlen_q - i));
+      if (!grad_lse.fits()) return false;
+    }
+    split_a_transposed(key, p_.key.row_stride, p_.head_dim, p_.seqlen_k, key_columns_, again);
+    return true;
+  }
+
+  void add_rows(const View4& view, int64_t columns, float factor, Range& range) const {
+    const In* source = head_of<In>(view, batch_, head_);
+    for (int64_t i = 0; i < p_.seqlen_q; ++i) {
+      for (int64_t c = 0; c < columns; c += L) {
+        range.add(load_first(source + i * view.row_stride + c, columns - c) * factor);
+      }
+    }
+  }
+
+  int64_t first_group(int64_t leaf) const { return leaf * groups_ / this->leaves_; }
+
+  // dQ of the queries of leaves [first, last), and what they add to dK and dV; overwrites `sums`.
+  void run_leaves(int64_t first, int64_t last, float* sums) {
+    for (int64_t i = 0; groups_ == 0 && i < sums_size_; ++i) sums[i] = 0;
+    for (int64_t leaf = first; leaf < last; ++leaf) {
+      const int64_t begin = first_group(leaf), end = first_group(leaf + 1);
+      // Of several groups the sums are complete before they are added to those of the leaves before.
+      float* const target = leaf == first || end - begin == 1 ? sums : leaf_sums_;
+      for (int64_t group = begin; group < end; ++group) {
+        run_group(group, target, group == begin && (leaf == first || target == leaf_sums_));
+      }
+      if (target != sums) Base::add(leaf_sums_, sums_size_, sums);
+    }
+  }
+
+  void run_group(int64_t group, float* sums, bool opens) {
+    const int64_t begin = group * kGroupQueries, queries = min64(kGroupQueries, p_.seqlen_q - begin);
+    const int64_t keys = p_.is_causal ? min64(p_.seqlen_k, begin + queries) : p_.seqlen_k;
+    for (int64_t first = 0; first < queries; first += W) {
+      run_block({batch_, head_, begin + first, min64(W, queries - first)}, first, keys);
+    }
+    pack_rows_of(p_.query, begin, queries, p_.head_dim, scale_.queries, query_rows_);
+    pack_rows_of(p_.grad_output, begin, queries, p_.head_dim_v, 1, grad_output_rows_);
+    const int64_t steps = ceil_div(queries, W);
+    add_product(probabilities_, grad_output_rows_, keys, padded_dim_v_, steps, this->value_sums(sums), opens);
+    add_product(grad_scores_, query_rows_, keys, padded_dim_, steps, sums, opens);
+  }
+
+  void pack_rows_of(const View4& view, int64_t first, int64_t count, int64_t columns, float factor,
+                    const SplitMatrix<P>& target) const {
+    Range ignored;
+    split_b(head_of<In>(view, batch_, head_) + first * view.row_stride, view.row_stride, columns, count, factor, target,
+            ignored);
+  }
+
+  // sums [keys][padded] += A · B, or = where the sums begin here; then keys beyond these have none yet.
+  void add_product(const SplitMatrix<kComputed>& a, const SplitMatrix<P>& b, int64_t keys, int64_t padded,
+                   int64_t steps, float* sums, bool opens) const {
+    for (int64_t key = 0; key < keys; key += kTilePanel) {
+      const int64_t rows = min64(kTilePanel, keys - key);
+      for (int64_t column = 0; column < padded; column += kTilePanel) {
+        split_product(a.from(key, 0), b.from(column, 0), rows, min64(kTilePanel, padded - column), steps, false,
+                      sum_ + column, padded);
+      }
+      float* target = sums + key * padded;
+      for (int64_t i = 0; i < rows * padded; i += L) {
+        store(target + i, opens ? load(sum_ + i) : load(target + i) + load(sum_ + i));
+      }
+    }
+    for (int64_t i = keys * padded; opens && i < p_.seqlen_k * padded; i += L) store(sums + i, Vec<float>{});
+  }
+
+  // P, dS and dQ of a block, which begins at query `place` of its group.
+  void run_block(const QueryBlock<float>& block, int64_t place, int64_t keys) {
+    Range ignored;
+    split_b_transposed(head_of<In>(p_.query, batch_, head_) + block.first * p_.query.row_stride, p_.query.row_stride,
+                       block.count, p_.head_dim, scale_.queries, query_lanes_, ignored);
+    split_b_transposed(head_of<In>(p_.grad_output, batch_, head_) + block.first * p_.grad_output.row_stride,
+                       p_.grad_output.row_stride, block.count, p_.head_dim_v, 1.0f, grad_output_lanes_, ignored);
+    split_product(key_, query_lanes_, keys, block.count, key_.steps, false, scores_, W);
+    finish_scores(p_, block, scale_.scores, 0, keys, scores_, bias_rows_, bias_lanes_);
+    split_product(value_, grad_output_lanes_, keys, block.count, value_.steps, false, grad_probabilities_, W);
+    Rows rows[kTileVectors] = {};
+    for (int v = 0; v < block.vectors(); ++v) {
+      rows[v] = this->exponentials(block, v, keys, scores_ + v * L, grad_probabilities_ + v * L);
+    }
+    // Beyond the keys, and in lanes without a query, there is 0 · 0.
+    const int64_t padded_keys = round_up(keys, kTileDepth);
+    for (int64_t i = keys * W; i < padded_keys * W; i += L) {
+      store(scores_ + i, Vec<float>{});
+      store(grad_probabilities_ + i, Vec<float>{});
+    }
+    for (int64_t j = 0; block.vectors() == 1 && j < keys; ++j) {
+      store(scores_ + j * W + L, Vec<float>{});
+      store(grad_probabilities_ + j * W + L, Vec<float>{});
+    }
+    for (int64_t j = 0; j < padded_keys; j += kTileDepth) {
+      for (int64_t i = 0; i < kTileSide; ++i) pack_gradients(rows, j + i, place);
+    }
+    split_product(key_columns_, grad_scores_lanes_, p_.head_dim, block.count, padded_keys / kTileDepth, false,
+                  grad_query_lanes_, W);
+    this->write_grad_query(block);
+  }
+
+  // P and dS of keys j and j + 16, into the operands of dK and dV, which sum over queries, and of dQ, which sums over
+  // keys.
+  [[gnu::always_inline]] void pack_gradients(const Rows (&rows)[kTileVectors], int64_t j, int64_t place) const {
+    Vec<float> grad_scores[2][kTileVectors];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      const int64_t key = j + i * kTileSide;
+      Vec<float> probabilities[kTileVectors];
+#pragma GCC unroll 2
+      for (int v = 0; v < kTileVectors; ++v) {
+        probabilities[v] = load(scores_ + key * W + v * L) * rows[v].inverse;
+        const Vec<float> centred = load(grad_probabilities_ + key * W + v * L) - rows[v].delta;
+        grad_scores[i][v] = probabilities[v] * (centred + rows[v].shift);
+      }
+      const int64_t row = key % kTileSide * kTileDepth;
+      split_pair<kComputed, false>((__m512)probabilities[0], (__m512)probabilities[1],
+                                   probabilities_.tile(key, place) + row);
+      split_pair<kComputed, false>((__m512)grad_scores[i][0], (__m512)grad_scores[i][1],
+                                   grad_scores_.tile(key, place) + row);
+    }
+#pragma GCC unroll 2
+    for (int v = 0; v < kTileVectors; ++v) {
+      split_pair<kComputed, false>((__m512)grad_scores[0][v], (__m512)grad_scores[1][v],
+                                   grad_scores_lanes_.tile(v * kTileSide, j) + j % kTileSide * kTileDepth);
+    }
+  }
+
+  Base plain_;  // for heads that do not fit the tiles
+  int64_t groups_;
+  SplitMatrix<P> key_{}, value_{}, key_columns_{}, query_lanes_{}, grad_output_lanes_{}, query_rows_{},
+      grad_output_rows_{};
+  SplitMatrix<kComputed> probabilities_{}, grad_scores_{}, grad_scores_lanes_{};
+  float *scores_ = nullptr, *grad_probabilities_ = nullptr, *sum_ = nullptr;
+};
+
+}  // namespace fastvit::cpu::FASTVIT_CAPABILITY
+
+#endif
