@@ -21,6 +21,7 @@ class AttentionBackwardTiles : private AttentionBackward<In> {
 
  public:
   explicit AttentionBackwardTiles(const AttentionBackwardParams& p) : Base(p), plain_(p) {
+    if (!split_pays<In>(p)) return;
     groups_ = ceil_div(this->blocks_, kGroupBlocks);
     this->leaves_ = max64(1, min64(groups_, kLeaves));
     plain_.set_leaves(this->leaves_);
@@ -239,7 +240,7 @@ class AttentionBackwardTiles : private AttentionBackward<In> {
   }
 
   Base plain_;  // for heads that do not fit the tiles
-  int64_t groups_;
+  int64_t groups_ = 0;
   SplitMatrix<P> key_{}, value_{}, key_columns_{}, query_lanes_{}, grad_output_lanes_{}, query_rows_{},
       grad_output_rows_{};
   SplitMatrix<kComputed> probabilities_{}, grad_scores_{}, grad_scores_lanes_{};

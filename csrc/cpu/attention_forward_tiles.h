@@ -35,7 +35,8 @@ class ForwardOperands {
     probabilities_ = SplitMatrix<kComputed>::take(arena, 2 * kTileSide, kChunk);
   }
 
-  static bool pays(const AttentionParams& p) { return split_pays<In>(p); }
+  // A bias is added to the scores as they lie; attention_forward.h transposes it.
+  static bool pays(const AttentionParams& p) { return split_pays<In>(p, p.bias.type == BiasType::kNone ? 1 : 3); }
 
   // What is left to multiply into the products of Q and K.
   float scale() const { return scale_.scores; }
@@ -235,9 +236,10 @@ class AttentionForwardTiles {
       operands_.multiply_keys(count, key, padded, scores_, kPanelSize);
       for (int64_t i = 0; i < count; ++i) {
         const int64_t seen = p_.is_causal ? min64(keys, first + i + 1 - key) : keys;
-        if (!folded_) add_bias(i, bias + i * p_.bias.query_stride + key * p_.bias.key_stride, seen);
-        mask(i, max64(seen, 0), padded);
-        find_maximum(i, padded, key > 0);
+        const int64_t offset = bias + i * p_.bias.query_stride + key * p_.bias.key_stride;
+        const float high = folded_ ? finish_row<false>(i, seen, padded, nullptr)
+                                   : finish_row<true>(i, seen, padded, bias_row(offset, seen));
+        raise_maximum(i, high, key > 0);
       }
       for (int64_t chunk = 0; chunk < padded; chunk += Operands::kChunk) {
         const int64_t chunk_keys = min64(Operands::kChunk, padded - chunk);
@@ -251,36 +253,45 @@ class AttentionForwardTiles {
     write(batch, head, first, count);
   }
 
-  // Scales the first `seen` scores of row i and adds the bias.
-  void add_bias(int64_t i, int64_t bias, int64_t seen) {
-    if (seen <= 0) return;
-    const bool has_bias = p_.bias.type != BiasType::kNone;
-    if (has_bias) load_bias_row(p_.bias, bias, seen, bias_);
-    for (int64_t j = 0; j < seen; j += kTileSide) {
-      const Vec<float> score = load(row(scores_, i, j)) * operands_.scale();
-      store(row(scores_, i, j), has_bias ? score + load(bias_ + j) : score);
+  // The bias of the first `seen` keys of a row: in place where it is stored as it is added, and where there is none, 0.
+  const float* bias_row(int64_t offset, int64_t seen) const {
+    if (p_.bias.type == BiasType::kFloat32 && p_.bias.key_stride == 1) {
+      return static_cast<const float*>(p_.bias.data) + offset;
     }
+    if (p_.bias.type == BiasType::kNone) {
+      for (int64_t j = 0; j < seen; ++j) bias_[j] = 0;
+    } else {
+      load_bias_row(p_.bias, offset, seen, bias_);
+    }
+    return bias_;
   }
 
-  // Sets the scores of row i from `seen` on to -inf.
-  void mask(int64_t i, int64_t seen, int64_t padded) {
-    const __m512 none = _mm512_set1_ps(-kInfinity);
-    if (seen % kTileSide != 0) {
-      _mm512_mask_storeu_ps(row(scores_, i, seen / kTileSide * kTileSide), __mmask16(~first_lanes(seen % kTileSide)),
-                            none);
-    }
-    for (int64_t j = round_up(seen, kTileSide); j < padded; j += kTileSide) store(row(scores_, i, j), (Vec<float>)none);
-  }
-
-  // Finds the largest score of row i so far, NaN ignored, and shrinks what was summed under a smaller one.
-  void find_maximum(int64_t i, int64_t padded, bool later) {
+  // Sets the scores of row i from `seen` on to -inf, scales the others and adds the bias if Biased, and returns the
+  // largest so far, NaN ignored.
+  template <bool Biased>
+  float finish_row(int64_t i, int64_t seen, int64_t padded, const float* bias) {
     __m512 highs[2] = {_mm512_set1_ps(maximum_[i]), _mm512_set1_ps(maximum_[i])};
+    const auto finish = [&](int64_t j) {
+      float* score = row(scores_, i, j);
+      const __mmask16 lanes = __mmask16(first_lanes(seen - j));
+      Vec<float> value = load(score);
+      if (Biased) value = value * operands_.scale() + (Vec<float>)_mm512_maskz_loadu_ps(lanes, bias + j);
+      if (Biased || lanes != 0xffff) {
+        value = (Vec<float>)_mm512_mask_blend_ps(lanes, _mm512_set1_ps(-kInfinity), (__m512)value);
+        store(score, value);
+      }
+      return (__m512)value;
+    };
     for (int64_t j = 0; j < padded; j += kTilePanel) {
       // The second operand where the first is NaN.
-      highs[0] = _mm512_max_ps((__m512)load(row(scores_, i, j)), highs[0]);
-      highs[1] = _mm512_max_ps((__m512)load(row(scores_, i, j + kTileSide)), highs[1]);
+      highs[0] = _mm512_max_ps(finish(j), highs[0]);
+      highs[1] = _mm512_max_ps(finish(j + kTileSide), highs[1]);
     }
-    const float high = _mm512_reduce_max_ps(_mm512_max_ps(highs[0], highs[1]));
+    return _mm512_reduce_max_ps(_mm512_max_ps(highs[0], highs[1]));
+  }
+
+  // Makes `high` the maximum of row i, and shrinks what was summed under a smaller one.
+  void raise_maximum(int64_t i, float high, bool later) {
     // Without a key so far any finite offset will do; NaN scores must still reach the exponential.
     offset_[i] = high == -kInfinity ? 0 : high;
     if (later) {
