@@ -8,6 +8,7 @@ benchmarks/cuda_resources.csv. Needs no GPU.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import importlib
 import os
@@ -19,6 +20,7 @@ import torch
 
 from benchmarks import cuda_resources
 from fastvit.kernels import cuda
+from fastvit.testing import AttentionCase, PatchEmbedCase
 
 TABLE = Path(__file__).parent / "cuda_launches.csv"
 ATTENTION = ((64, 12, 50, 64), (64, 12, 197, 64), (64, 12, 257, 64), (64, 12, 577, 64), (64, 12, 1025, 64),
@@ -76,28 +78,94 @@ def blocks_per_multiprocessor(device: Device, threads: int, shared_bytes: int, r
     return min(limits)
 
 
-def _attention(batch: int, heads: int, seqlen: int, dim: int) -> dict[str, Callable[[], None]]:
-    packed = torch.empty(batch, seqlen, 3, heads, dim, dtype=torch.float16)
-    query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)
-    output = torch.empty(batch, seqlen, heads, dim, dtype=torch.float16).transpose(1, 2)
-    lse = torch.empty(batch, heads, seqlen)
-    options = {"is_causal": False, "scale": 1.0}
-    tensors = (query, key, value, None, output, lse)
+Note = tuple[str, int, int, int]
+Call = Callable[[], None]
+
+
+@contextlib.contextmanager
+def planning(device: Device) -> Iterator[Callable[[Call], list[Note]]]:
+    """Give a function that returns the launches of a call on ``device`` (kernel, blocks, threads, shared bytes).
+
+    Nothing is run, so that the calls' tensors are of any size: no byte of them is touched.
+
+    Raises:
+        ImportError: the emulator is not built.
+    """
+    emulator = importlib.import_module("fastvit._emulator")
+
+    def noted(call: Call) -> list[Note]:
+        emulator.reset_statistics()
+        call()
+        return [(cuda_resources.demangle(name), *sizes) for name, *sizes in emulator.launches()]
+
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    emulator.configure(
+        multiprocessors=device.multiprocessors,
+        shared_bytes=device.shared_bytes_per_block,
+        compute_capability=device.compute_capability,
+        only_notes=True,
+    )
+    try:
+        yield noted
+    finally:
+        emulator.configure()
+        torch.utils.deterministic.fill_uninitialized_memory = fills
+
+
+def attention_calls(case: AttentionCase) -> dict[str, Call]:
+    """Return the calls of a case, forward and backward, on tensors of its sizes that hold nothing."""
+    batch, heads, dim = case.batch, case.num_heads, case.head_dim
+    if case.layout == "packed" and (case.seqlen_q, dim) == (case.seqlen_k, case.head_dim_v):
+        packed = torch.empty(batch, case.seqlen_q, 3, heads, dim, dtype=case.dtype)
+        query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)
+    else:
+        sizes = ((case.seqlen_q, dim), (case.seqlen_k, dim), (case.seqlen_k, case.head_dim_v))
+        query, key, value = (
+            torch.empty(batch, heads, n, d, dtype=case.dtype)
+            if case.layout == "bhnd"
+            else torch.empty(batch, n, heads, d, dtype=case.dtype).transpose(1, 2)
+            for n, d in sizes
+        )
+    output = torch.empty(batch, case.seqlen_q, heads, case.head_dim_v, dtype=case.dtype).transpose(1, 2)
+    lse = torch.empty(batch, heads, case.seqlen_q)
+    bias = None
+    if case.bias is not None:
+        kind = {"bool": torch.bool, "additive": case.dtype, "float32": torch.float32}[case.bias]
+        shape = case.bias_shape or (1, heads, case.seqlen_q, case.seqlen_k)
+        bias = torch.empty(shape, dtype=kind).expand(batch, heads, case.seqlen_q, case.seqlen_k)
+    options = {"is_causal": case.is_causal, "scale": 1.0}
+    tensors = (query, key, value, bias, output, lse)
     return {
         "forward": lambda: cuda.attention_forward(*tensors, **options),
         "backward": lambda: cuda.attention_backward(output, None, *tensors, query, key, value, **options),
     }
 
 
-def _patch_embed(batch: int, side: int, patch: int, embed_dim: int) -> dict[str, Callable[[], None]]:
-    images = torch.empty(batch, 3, side, side, dtype=torch.float16)
-    weight = torch.empty(embed_dim, 3, patch, patch, dtype=torch.float16)
-    bias = torch.empty(embed_dim, dtype=torch.float16)
-    tokens = torch.empty(batch, (side // patch) ** 2, embed_dim, dtype=torch.float16)
+def patch_embed_calls(case: PatchEmbedCase) -> dict[str, Call]:
+    """Return the calls of a case whose patches tile the images, as :func:`attention_calls`."""
+    memory = torch.channels_last if case.layout == "nhwc" else torch.contiguous_format
+    images = torch.empty(case.batch, case.in_channels, *case.image_size, dtype=case.dtype).to(memory_format=memory)
+    weight = torch.empty(case.embed_dim, case.in_channels, *case.patch, dtype=case.dtype)
+    bias = torch.empty(case.embed_dim, dtype=case.dtype) if case.has_bias else None
+    tokens = torch.empty(case.batch, case.grid[0] * case.grid[1], case.embed_dim, dtype=case.dtype)
     return {
         "forward": lambda: cuda.patch_embed_forward(images, weight, bias, tokens),
         "backward weight": lambda: cuda.patch_embed_backward_weight(tokens, images, weight, bias),
         "backward images": lambda: cuda.patch_embed_backward_images(tokens, weight, images),
+    }
+
+
+def _calls() -> dict[str, Call]:
+    half = torch.float16
+    return {
+        f"attention {name} B{b} H{h} N{n} D{d}": call
+        for b, h, n, d in ATTENTION
+        for name, call in attention_calls(AttentionCase(b, h, n, n, d, d, half)).items()
+    } | {
+        f"patch_embed {name} B{b} {s}² P{p} D{d}": call
+        for b, s, p, d in PATCH_EMBED
+        for name, call in patch_embed_calls(PatchEmbedCase(b, 3, (s // p, s // p), (p, p), d, half)).items()
     }
 
 
@@ -107,37 +175,17 @@ def measure() -> Iterator[Launch]:
     Raises:
         ImportError: the emulator is not built.
     """
-    emulator = importlib.import_module("fastvit._emulator")
     registers = {(row.kernel, row.arch): row.registers for row in cuda_resources.read()}
-    try:
-        for device in DEVICES:
-            emulator.configure(
-                multiprocessors=device.multiprocessors,
-                shared_bytes=device.shared_bytes_per_block,
-                compute_capability=device.compute_capability,
-                only_notes=True,
-            )
-            calls = {
-                f"attention {name} B{b} H{h} N{n} D{d}": call
-                for b, h, n, d in ATTENTION
-                for name, call in _attention(b, h, n, d).items()
-            } | {
-                f"patch_embed {name} B{b} {s}² P{p} D{d}": call
-                for b, s, p, d in PATCH_EMBED
-                for name, call in _patch_embed(b, s, p, d).items()
-            }
+    calls = _calls()
+    for device in DEVICES:
+        with planning(device) as noted:
             for work, call in calls.items():
-                emulator.reset_statistics()
-                call()
-                for mangled, blocks, threads, shared_bytes in emulator.launches():
-                    kernel = cuda_resources.demangle(mangled)
+                for kernel, blocks, threads, shared_bytes in noted(call):
                     used = registers[kernel, device.code]
                     shared = blocks_per_multiprocessor(device, threads, shared_bytes, used)
                     yield Launch(
                         device.name, work, kernel, blocks, threads, shared_bytes, used, shared, shared * threads // 32
                     )
-    finally:
-        emulator.configure()
 
 
 def read() -> list[Launch]:
