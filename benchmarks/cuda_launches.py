@@ -8,45 +8,29 @@ benchmarks/cuda_resources.csv. Needs no GPU.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
-import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 
 from benchmarks import cuda_resources
-from fastvit.kernels import cuda
+from benchmarks.cuda_planning import (
+    DEVICES,
+    Call,
+    attention_calls,
+    blocks_per_multiprocessor,
+    patch_embed_calls,
+    planning,
+)
 from fastvit.testing import AttentionCase, PatchEmbedCase
 
 TABLE = Path(__file__).parent / "cuda_launches.csv"
 ATTENTION = ((64, 12, 50, 64), (64, 12, 197, 64), (64, 12, 257, 64), (64, 12, 577, 64), (64, 12, 1025, 64),
              (64, 16, 257, 80), (64, 16, 257, 88), (64, 16, 257, 128), (1024, 3, 49, 32), (1, 12, 197, 64))  # fmt: skip
 PATCH_EMBED = ((64, 224, 16, 768), (64, 224, 14, 1280), (1, 224, 16, 768))
-
-
-@dataclass(frozen=True)
-class Device:
-    """What the launchers ask of a device, and what limits its blocks (CUDA programming guide, compute capabilities)."""
-
-    name: str
-    multiprocessors: int
-    shared_bytes_per_block: int
-    threads_per_multiprocessor: int
-    compute_capability: int
-    code: str  # the architecture of the build that runs there
-
-
-DEVICES = (
-    Device("A100", 108, 163 * 1024, 2048, 80, "sm_80"),
-    Device("L40S", 142, 99 * 1024, 1536, 89, "sm_80"),
-    Device("H200", 132, 227 * 1024, 2048, 90, "sm_90a"),
-)
-BLOCKS_PER_MULTIPROCESSOR = 24  # the fewest of these
-RESERVED_SHARED_BYTES = 1024
 
 
 @dataclass(frozen=True)
@@ -62,98 +46,6 @@ class Launch:
     registers: int
     blocks_per_multiprocessor: int
     warps_per_multiprocessor: int
-
-
-def blocks_per_multiprocessor(device: Device, threads: int, shared_bytes: int, registers: int) -> int:
-    """Return how many blocks share a multiprocessor."""
-    unit = cuda_resources.REGISTER_UNIT
-    # Each quarter of a multiprocessor has its own registers and takes whole warps.
-    warps = 4 * (cuda_resources.REGISTERS_PER_MULTIPROCESSOR // 4 // (-(-registers // unit) * unit * 32))
-    limits = (
-        warps // (threads // 32),
-        (device.shared_bytes_per_block + RESERVED_SHARED_BYTES) // (shared_bytes + RESERVED_SHARED_BYTES),
-        device.threads_per_multiprocessor // threads,
-        BLOCKS_PER_MULTIPROCESSOR,
-    )
-    return min(limits)
-
-
-Note = tuple[str, int, int, int]
-Call = Callable[[], None]
-
-
-@contextlib.contextmanager
-def planning(device: Device) -> Iterator[Callable[[Call], list[Note]]]:
-    """Give a function that returns the launches of a call on ``device`` (kernel, blocks, threads, shared bytes).
-
-    Nothing is run, so that the calls' tensors are of any size: no byte of them is touched.
-
-    Raises:
-        ImportError: the emulator is not built.
-    """
-    emulator = importlib.import_module("fastvit._emulator")
-
-    def noted(call: Call) -> list[Note]:
-        emulator.reset_statistics()
-        call()
-        return [(cuda_resources.demangle(name), *sizes) for name, *sizes in emulator.launches()]
-
-    fills = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    emulator.configure(
-        multiprocessors=device.multiprocessors,
-        shared_bytes=device.shared_bytes_per_block,
-        compute_capability=device.compute_capability,
-        only_notes=True,
-    )
-    try:
-        yield noted
-    finally:
-        emulator.configure()
-        torch.utils.deterministic.fill_uninitialized_memory = fills
-
-
-def attention_calls(case: AttentionCase) -> dict[str, Call]:
-    """Return the calls of a case, forward and backward, on tensors of its sizes that hold nothing."""
-    batch, heads, dim = case.batch, case.num_heads, case.head_dim
-    if case.layout == "packed" and (case.seqlen_q, dim) == (case.seqlen_k, case.head_dim_v):
-        packed = torch.empty(batch, case.seqlen_q, 3, heads, dim, dtype=case.dtype)
-        query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)
-    else:
-        sizes = ((case.seqlen_q, dim), (case.seqlen_k, dim), (case.seqlen_k, case.head_dim_v))
-        query, key, value = (
-            torch.empty(batch, heads, n, d, dtype=case.dtype)
-            if case.layout == "bhnd"
-            else torch.empty(batch, n, heads, d, dtype=case.dtype).transpose(1, 2)
-            for n, d in sizes
-        )
-    output = torch.empty(batch, case.seqlen_q, heads, case.head_dim_v, dtype=case.dtype).transpose(1, 2)
-    lse = torch.empty(batch, heads, case.seqlen_q)
-    bias = None
-    if case.bias is not None:
-        kind = {"bool": torch.bool, "additive": case.dtype, "float32": torch.float32}[case.bias]
-        shape = case.bias_shape or (1, heads, case.seqlen_q, case.seqlen_k)
-        bias = torch.empty(shape, dtype=kind).expand(batch, heads, case.seqlen_q, case.seqlen_k)
-    options = {"is_causal": case.is_causal, "scale": 1.0}
-    tensors = (query, key, value, bias, output, lse)
-    return {
-        "forward": lambda: cuda.attention_forward(*tensors, **options),
-        "backward": lambda: cuda.attention_backward(output, None, *tensors, query, key, value, **options),
-    }
-
-
-def patch_embed_calls(case: PatchEmbedCase) -> dict[str, Call]:
-    """Return the calls of a case whose patches tile the images, as :func:`attention_calls`."""
-    memory = torch.channels_last if case.layout == "nhwc" else torch.contiguous_format
-    images = torch.empty(case.batch, case.in_channels, *case.image_size, dtype=case.dtype).to(memory_format=memory)
-    weight = torch.empty(case.embed_dim, case.in_channels, *case.patch, dtype=case.dtype)
-    bias = torch.empty(case.embed_dim, dtype=case.dtype) if case.has_bias else None
-    tokens = torch.empty(case.batch, case.grid[0] * case.grid[1], case.embed_dim, dtype=case.dtype)
-    return {
-        "forward": lambda: cuda.patch_embed_forward(images, weight, bias, tokens),
-        "backward weight": lambda: cuda.patch_embed_backward_weight(tokens, images, weight, bias),
-        "backward images": lambda: cuda.patch_embed_backward_images(tokens, weight, images),
-    }
 
 
 def _calls() -> dict[str, Call]:

@@ -54,8 +54,9 @@ def telling(dtype: torch.dtype) -> Iterator[AttentionCase | PatchEmbedCase]:
 LARGE_IN = {dtype: replace(LARGE, dtype=dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)}
 
 
-def every_form(dtype: torch.dtype) -> Iterator[AttentionCase]:
+def every_form(dtype: torch.dtype) -> Iterator[AttentionCase | PatchEmbedCase]:
     """Yield, for each head dim that has kernels of its own, what the launchers take each of its kernels for."""
+    yield PatchEmbedCase(1, grid=(5, 5), patch=(16, 16), dtype=dtype)
     for dim in HEAD_DIMS:
         # The first length that no block can hold, on the device with the most shared memory.
         long = 227 * 1024 // (4 * dim) + 41

@@ -10,9 +10,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from benchmarks import cases, correctness, cuda_forms, cuda_launches, cuda_resources, device_cases, gates
+from benchmarks import cases, correctness, cuda_forms, cuda_planning, cuda_resources, device_cases, gates
 from benchmarks.cases import AttentionShape, ModelShape, PatchShape, Work
-from benchmarks.cuda_launches import Call, Device, Note, attention_calls, patch_embed_calls, planning
+from benchmarks.cuda_planning import Call, Device, Note, attention_calls, calls_of, planning
 from benchmarks.gates import Judge
 from fastvit.kernels import cuda
 from fastvit.testing import AttentionCase, PatchEmbedCase
@@ -20,7 +20,7 @@ from tests.emulated import emulator, needs_emulator
 
 __all__ = ["emulator"]
 
-DEVICES = {device.name: device for device in cuda_launches.DEVICES}
+DEVICES = {device.name: device for device in cuda_planning.DEVICES}
 MEMORY = {"A100": 80 << 30, "L40S": 48 << 30, "H200": 139 << 30}
 HALVES = (torch.bfloat16, torch.float16)
 Chosen = set[tuple[str, int, int]]
@@ -46,7 +46,7 @@ def timed_patches(shape: PatchShape, dtype: torch.dtype, layout: str) -> PatchEm
 
 def chosen(noted: Planner, case: AttentionCase | PatchEmbedCase, suite: str) -> Chosen:
     """Return kernel, threads and shared bytes of each launch of what a suite times of a case."""
-    calls = attention_calls(case) if isinstance(case, AttentionCase) else patch_embed_calls(case)
+    calls = calls_of(case)
     backward = "backward" in suite or "training" in suite
     # The suites' images are no leaves.
     wanted = {"forward", "backward", "backward weight"} if backward else {"forward"}
@@ -107,8 +107,7 @@ def reached(noted: Planner, listed: list[AttentionCase | PatchEmbedCase]) -> dic
     for case in listed:
         tiles = isinstance(case, AttentionCase) or case.stride in (None, case.patch)
         if case.dtype in HALVES and tiles:
-            calls = attention_calls(case) if isinstance(case, AttentionCase) else patch_embed_calls(case)
-            for call in calls.values():
+            for call in calls_of(case).values():
                 for note in noted(call):
                     found.setdefault(note[0], []).append(note)
     return found
@@ -130,7 +129,7 @@ def test_correctness_on_a_device_reaches_every_kernel_that_is_built(name: str, e
             for kernel, *_ in chosen(noted, case, work.suite)
         }
     assert timed - set(kernels) == set()
-    built = {cuda_resources.demangle(kernel) for kernel in cuda.built_kernels()}
+    built = {cuda_planning.demangle(kernel) for kernel in cuda.built_kernels()}
     if not built:
         pytest.skip("fastvit._C was built without CUDA: nvcc was not found, or FASTVIT_BUILD_CUDA=0")
     assert {kernel for kernel in built - set(kernels) if "sm90" not in kernel} == set()
