@@ -19,11 +19,20 @@ from typing import Any
 
 import torch
 
-from benchmarks import harness
+from benchmarks import device_cases, harness
 from benchmarks.timers import first_line
-from fastvit.testing import Comparison, check_attention, check_patch_embed, vit_attention_cases, vit_patch_embed_cases
+from fastvit.testing import (
+    AttentionCase,
+    Comparison,
+    PatchEmbedCase,
+    check_attention,
+    check_patch_embed,
+    vit_attention_cases,
+    vit_patch_embed_cases,
+)
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+HALVES = (torch.bfloat16, torch.float16)
+DTYPES = (*HALVES, torch.float32)
 # The first case of a Triton kernel compiles it; a float64 truth of the longest sequence takes a second or two.
 CASE_SECONDS = 60.0
 CANNOT = "cannot run this call"
@@ -32,13 +41,19 @@ Case = tuple[str, str, torch.dtype, Callable[[str, str], list[Comparison]]]
 
 def cases() -> list[Case]:
     """Return op, name, dtype and check of every case, the dtypes in the order in which they matter on a GPU."""
-    listed: list[Case] = []
+    listed: list[AttentionCase | PatchEmbedCase] = []
     for dtype in DTYPES:
-        for attention in vit_attention_cases([dtype]):
-            listed.append(("attention", str(attention), dtype, partial(check_attention, attention)))
-        for patches in vit_patch_embed_cases([dtype]):
-            listed.append(("patch_embed", str(patches), dtype, partial(check_patch_embed, patches)))
-    return listed
+        listed += device_cases.telling(dtype)
+        listed += [*vit_attention_cases([dtype]), *vit_patch_embed_cases([dtype])]
+    listed += [case for dtype in HALVES for case in device_cases.every_form(dtype)]
+    # A case is known by its name.
+    return [_case(case) for case in dict.fromkeys(listed)]
+
+
+def _case(case: AttentionCase | PatchEmbedCase) -> Case:
+    if isinstance(case, AttentionCase):
+        return "attention", str(case), case.dtype, partial(check_attention, case)
+    return "patch_embed", str(case), case.dtype, partial(check_patch_embed, case)
 
 
 def stamp(backend: str, device: str) -> dict[str, str]:

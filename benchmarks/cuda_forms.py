@@ -10,6 +10,7 @@ What it decides is ``kPrefersSm90`` in csrc/cuda/attention_forward.cuh.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -32,21 +33,26 @@ SHAPES = (
 )  # fmt: skip
 
 
-def misses(form: str) -> list[str]:
-    """Apply the rule to a form on the device; return a line for each tensor that misses it and each call that fails."""
-    found = []
+def cases() -> Iterator[AttentionCase]:
+    """Yield what both forms are judged by."""
     for dtype in (torch.float16, torch.bfloat16):
         for head_dim in (64, 128):
             for seqlen in SEQLENS:
                 # Short ones in more heads than there are multiprocessors, so that a block has several.
                 batch, heads = (8, 20) if seqlen < 300 else (1, 2)
-                case = AttentionCase(batch, heads, seqlen, seqlen, head_dim, head_dim, dtype)
-                try:
-                    results = check_attention(case, "cuda", "cuda", backward=False)
-                    torch.cuda.synchronize()
-                    found += [f"{form}: {case}: {result}" for result in results if not result.passed]
-                except RuntimeError as error:
-                    return [*found, f"{form}: {case}: {str(error).splitlines()[0]}"]
+                yield AttentionCase(batch, heads, seqlen, seqlen, head_dim, head_dim, dtype)
+
+
+def misses(form: str) -> list[str]:
+    """Apply the rule to a form on the device; return a line for each tensor that misses it and each call that fails."""
+    found = []
+    for case in cases():
+        try:
+            results = check_attention(case, "cuda", "cuda", backward=False)
+            torch.cuda.synchronize()
+            found += [f"{form}: {case}: {result}" for result in results if not result.passed]
+        except RuntimeError as error:
+            return [*found, f"{form}: {case}: {str(error).splitlines()[0]}"]
     return found
 
 

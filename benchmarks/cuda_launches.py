@@ -9,42 +9,28 @@ from __future__ import annotations
 
 import argparse
 import csv
-import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 
 from benchmarks import cuda_resources
-from fastvit.kernels import cuda
+from benchmarks.cuda_planning import (
+    DEVICES,
+    Call,
+    attention_calls,
+    blocks_per_multiprocessor,
+    patch_embed_calls,
+    planning,
+)
+from fastvit.testing import AttentionCase, PatchEmbedCase
 
 TABLE = Path(__file__).parent / "cuda_launches.csv"
 ATTENTION = ((64, 12, 50, 64), (64, 12, 197, 64), (64, 12, 257, 64), (64, 12, 577, 64), (64, 12, 1025, 64),
              (64, 16, 257, 80), (64, 16, 257, 88), (64, 16, 257, 128), (1024, 3, 49, 32), (1, 12, 197, 64))  # fmt: skip
 PATCH_EMBED = ((64, 224, 16, 768), (64, 224, 14, 1280), (1, 224, 16, 768))
-
-
-@dataclass(frozen=True)
-class Device:
-    """What the launchers ask of a device, and what limits its blocks (CUDA programming guide, compute capabilities)."""
-
-    name: str
-    multiprocessors: int
-    shared_bytes_per_block: int
-    threads_per_multiprocessor: int
-    compute_capability: int
-    code: str  # the architecture of the build that runs there
-
-
-DEVICES = (
-    Device("A100", 108, 163 * 1024, 2048, 80, "sm_80"),
-    Device("L40S", 142, 99 * 1024, 1536, 89, "sm_80"),
-    Device("H200", 132, 227 * 1024, 2048, 90, "sm_90a"),
-)
-BLOCKS_PER_MULTIPROCESSOR = 24  # the fewest of these
-RESERVED_SHARED_BYTES = 1024
 
 
 @dataclass(frozen=True)
@@ -62,42 +48,16 @@ class Launch:
     warps_per_multiprocessor: int
 
 
-def blocks_per_multiprocessor(device: Device, threads: int, shared_bytes: int, registers: int) -> int:
-    """Return how many blocks share a multiprocessor."""
-    unit = cuda_resources.REGISTER_UNIT
-    # Each quarter of a multiprocessor has its own registers and takes whole warps.
-    warps = 4 * (cuda_resources.REGISTERS_PER_MULTIPROCESSOR // 4 // (-(-registers // unit) * unit * 32))
-    limits = (
-        warps // (threads // 32),
-        (device.shared_bytes_per_block + RESERVED_SHARED_BYTES) // (shared_bytes + RESERVED_SHARED_BYTES),
-        device.threads_per_multiprocessor // threads,
-        BLOCKS_PER_MULTIPROCESSOR,
-    )
-    return min(limits)
-
-
-def _attention(batch: int, heads: int, seqlen: int, dim: int) -> dict[str, Callable[[], None]]:
-    packed = torch.empty(batch, seqlen, 3, heads, dim, dtype=torch.float16)
-    query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)
-    output = torch.empty(batch, seqlen, heads, dim, dtype=torch.float16).transpose(1, 2)
-    lse = torch.empty(batch, heads, seqlen)
-    options = {"is_causal": False, "scale": 1.0}
-    tensors = (query, key, value, None, output, lse)
+def _calls() -> dict[str, Call]:
+    half = torch.float16
     return {
-        "forward": lambda: cuda.attention_forward(*tensors, **options),
-        "backward": lambda: cuda.attention_backward(output, None, *tensors, query, key, value, **options),
-    }
-
-
-def _patch_embed(batch: int, side: int, patch: int, embed_dim: int) -> dict[str, Callable[[], None]]:
-    images = torch.empty(batch, 3, side, side, dtype=torch.float16)
-    weight = torch.empty(embed_dim, 3, patch, patch, dtype=torch.float16)
-    bias = torch.empty(embed_dim, dtype=torch.float16)
-    tokens = torch.empty(batch, (side // patch) ** 2, embed_dim, dtype=torch.float16)
-    return {
-        "forward": lambda: cuda.patch_embed_forward(images, weight, bias, tokens),
-        "backward weight": lambda: cuda.patch_embed_backward_weight(tokens, images, weight, bias),
-        "backward images": lambda: cuda.patch_embed_backward_images(tokens, weight, images),
+        f"attention {name} B{b} H{h} N{n} D{d}": call
+        for b, h, n, d in ATTENTION
+        for name, call in attention_calls(AttentionCase(b, h, n, n, d, d, half)).items()
+    } | {
+        f"patch_embed {name} B{b} {s}² P{p} D{d}": call
+        for b, s, p, d in PATCH_EMBED
+        for name, call in patch_embed_calls(PatchEmbedCase(b, 3, (s // p, s // p), (p, p), d, half)).items()
     }
 
 
@@ -107,37 +67,17 @@ def measure() -> Iterator[Launch]:
     Raises:
         ImportError: the emulator is not built.
     """
-    emulator = importlib.import_module("fastvit._emulator")
     registers = {(row.kernel, row.arch): row.registers for row in cuda_resources.read()}
-    try:
-        for device in DEVICES:
-            emulator.configure(
-                multiprocessors=device.multiprocessors,
-                shared_bytes=device.shared_bytes_per_block,
-                compute_capability=device.compute_capability,
-                only_notes=True,
-            )
-            calls = {
-                f"attention {name} B{b} H{h} N{n} D{d}": call
-                for b, h, n, d in ATTENTION
-                for name, call in _attention(b, h, n, d).items()
-            } | {
-                f"patch_embed {name} B{b} {s}² P{p} D{d}": call
-                for b, s, p, d in PATCH_EMBED
-                for name, call in _patch_embed(b, s, p, d).items()
-            }
+    calls = _calls()
+    for device in DEVICES:
+        with planning(device) as noted:
             for work, call in calls.items():
-                emulator.reset_statistics()
-                call()
-                for mangled, blocks, threads, shared_bytes in emulator.launches():
-                    kernel = cuda_resources.demangle(mangled)
+                for kernel, blocks, threads, shared_bytes in noted(call):
                     used = registers[kernel, device.code]
                     shared = blocks_per_multiprocessor(device, threads, shared_bytes, used)
                     yield Launch(
                         device.name, work, kernel, blocks, threads, shared_bytes, used, shared, shared * threads // 32
                     )
-    finally:
-        emulator.configure()
 
 
 def read() -> list[Launch]:

@@ -58,17 +58,7 @@ def build() -> dict[str, Any]:
     return figures
 
 
-# One small case of each kernel and form: sanitizers slow a kernel down by a factor of a hundred and more.
-SANITIZED = """
-import torch
-from fastvit.testing import AttentionCase, PatchEmbedCase, check_attention, check_patch_embed
-for seqlen, features in ((50, {}), (197, {}), (197, {"bias": "additive"}), (77, {"is_causal": True}), (1025, {})):
-    check_attention(AttentionCase(1, 2, seqlen, seqlen, dtype=torch.bfloat16, **features), "cuda", "cuda")
-for patch, layout in ((16, "nchw"), (14, "nhwc")):
-    case = PatchEmbedCase(1, grid=(5, 5), patch=(patch, patch), dtype=torch.bfloat16, layout=layout)
-    check_patch_embed(case, "cuda", "cuda")
-torch.cuda.synchronize()
-"""
+SANITIZED = "from benchmarks.device_cases import run_sanitized; run_sanitized()"
 FOUND = 9
 
 

@@ -20,6 +20,7 @@ import fastvit
 from benchmarks import harness
 from benchmarks.timers import median_seconds
 from fastvit.commands.env import cpu_name
+from fastvit.ops.backends import device_family
 
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 # Square products; the best counts, because a library may be tuned for one size and not for another.
@@ -99,7 +100,7 @@ def measure(
     with torch.inference_mode():
         peaks = {harness.short(dtype): round(matrix_rate(device, dtype, sizes), 2) for dtype in dtypes}
         bandwidth = round(copy_bandwidth(device, size), 2)
-    capability = "sm_{}{}".format(*torch.cuda.get_device_capability()) if device == "cuda" else harness.capability()
+    capability = device_family(torch.device(device)) if device == "cuda" else harness.capability()
     threads = 0 if device == "cuda" else torch.get_num_threads()
     fma = round(fma_rate(device), 2)
     return Machine(device, device_name(device), capability, threads, driver(device), peaks, bandwidth, fma)

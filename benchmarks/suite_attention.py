@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 
 import fastvit
-from benchmarks import formulas, peers
+from benchmarks import formulas, gates, peers
 from benchmarks.cases import AttentionShape, Work
 from benchmarks.harness import Contest
 from benchmarks.timers import Call, Entry, first_line
-from fastvit.testing import AttentionCase, check_attention
+from fastvit.testing import check_attention
 
-# The gate's float64 truth and torch's own softmax(QKᵀ)V hold N×N matrices: long sequences are judged on fewer heads.
-GATE_ELEMENTS = 1 << 25
 Function = Callable[[list[Tensor], Tensor | None], Tensor]
 
 
@@ -55,14 +53,7 @@ def gate(
     shape: AttentionShape, dtype: torch.dtype, layout: str, device: str, backends: Sequence[str]
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Return each backend's worst error as a part of what is allowed, and why another cannot run the case."""
-    batch, heads, seqlen, dim = min(shape.batch, 2), shape.heads, shape.seqlen, shape.head_dim
-    while heads > 1 and batch * heads * seqlen**2 > GATE_ELEMENTS:
-        batch, heads = 1, heads // 2 if batch == 1 else heads
-    case = AttentionCase(
-        batch, heads, seqlen, seqlen, dim, dim, dtype,
-        "additive" if shape.bias else None, (1, heads, seqlen, seqlen),
-        layout="packed" if layout == "packed" else "bhnd",
-    )  # fmt: skip
+    case = gates.attention(shape, dtype, layout, gates.Judge.of(device))
     rules, absent = {}, {}
     for backend in backends:
         try:

@@ -14,15 +14,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastvit
-from benchmarks import formulas
+from benchmarks import formulas, gates
 from benchmarks.cases import ModelShape, Work
 from benchmarks.formulas import VitShape
 from benchmarks.harness import Contest
 from benchmarks.roofline import installed
 from benchmarks.timers import Call, Entry, first_line
 from fastvit.testing import compare
-
-GATE_BATCH = 2
 
 
 def contest(work: Work, device: str, backends: Sequence[str], costly: bool = False) -> Contest:
@@ -87,7 +85,7 @@ def gate(
     PyTorch's own error is the largest of its attention paths (see tests/test_swap.py: in a chain of a dozen layers a
     single run's error is a draw of luck).
     """
-    images = _images(min(shape.batch, GATE_BATCH), shape, dtype, device)
+    images = _images(gates.model_batch(shape, gates.Judge.of(device)), shape, dtype, device)
     exact = _run(copy.deepcopy(model).double(), images.double(), shape.training)
     runs = [_run(model, images, shape.training)]
     with sdpa_kernel(SDPBackend.MATH):

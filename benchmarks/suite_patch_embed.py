@@ -10,15 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastvit
-from benchmarks import formulas
+from benchmarks import formulas, gates
 from benchmarks.cases import PatchShape, Work
+from benchmarks.gates import FRAMES, TUBELET
 from benchmarks.harness import Contest
 from benchmarks.suite_attention import mode_call
 from benchmarks.timers import Call, Entry, first_line
-from fastvit.testing import PatchEmbedCase, check_patch_embed
-
-# Frames per tubelet, and frames of the video (Arnab et al. 2021, ViViT, section 3.2).
-TUBELET, FRAMES = 2, 8
+from fastvit.testing import check_patch_embed
 
 
 def contest(work: Work, device: str, backends: Sequence[str], costly: bool = False) -> Contest:
@@ -69,10 +67,8 @@ def gate(
     shape: PatchShape, dtype: torch.dtype, device: str, backends: Sequence[str]
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Return each backend's worst error as a part of what is allowed, and why another cannot run the case."""
-    grid, channels = shape.image // shape.patch, 3 * (TUBELET if shape.mode == "tubelet" else 1)
     layout = "nhwc" if shape.mode == FORWARD_CHANNELS_LAST else "nchw"
-    sizes = (min(shape.batch, 2), channels, (grid, grid), (shape.patch, shape.patch), shape.embed_dim)
-    case = PatchEmbedCase(*sizes, dtype, layout=layout)
+    case = gates.patch_embed(shape, dtype, layout, gates.Judge.of(device))
     rules, absent = {}, {}
     for backend in backends:
         try:

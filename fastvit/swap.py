@@ -21,7 +21,14 @@ from fastvit.adapters import SwapTable, called_by_name, original_classes, regist
 from fastvit.adapters.reasons import LOOKS_LIKE_ONE, why_not_fused
 from fastvit.kernels.spec import Spec
 from fastvit.modules.fused import ADDED_ATTRIBUTES, FusedForward
-from fastvit.ops.backends import AUTOMATIC_ORDER, BACKENDS, automatic_order, check_backend_name, requested_backend
+from fastvit.ops.backends import (
+    AUTOMATIC_ORDER,
+    BACKENDS,
+    automatic_order,
+    automatic_order_of,
+    check_backend_name,
+    requested_backend,
+)
 
 FUSED, ALREADY_FUSED, LEFT_ALONE, RESTORED = "fused", "already fused", "left alone", "restored"
 
@@ -231,7 +238,7 @@ def _remarks(backend: str | None, plan: list[tuple[nn.Module, SwapRow]], table: 
         return (f"backend: {asked}: {BACKENDS[asked].description}",)
     picked: dict[str, set[str]] = {}
     for spec in {spec for module in fused if (spec := _typical_spec(_fused_kind(module, table), module))}:
-        places = (place.backend for place in automatic_order(spec.device.type))
+        places = (place.backend for place in automatic_order_of(spec))
         pick = next((name for name in places if not BACKENDS[name].why_not(spec)), "none")
         picked.setdefault(spec.device.type, set()).add(pick)
     here = [f"{device}: the automatic order picks {' and '.join(sorted(names))}" for device, names in picked.items()]

@@ -17,7 +17,7 @@ import torch
 from fastvit.commands import check_json_path, make_console, make_table, short, write_json
 from fastvit.kernels import cuda, native
 from fastvit.kernels.spec import AttentionSpec, PatchEmbedSpec, Spec
-from fastvit.ops.backends import BACKENDS, Explanation, automatic_order, explain
+from fastvit.ops.backends import BACKENDS, MEASURED_ORDER, Explanation, automatic_order, device_family, explain
 from fastvit.version import __version__
 
 LIBRARIES = ("torch", "triton", "numpy", "timm", "transformers", "safetensors", "rich", "pillow", "matplotlib")
@@ -158,7 +158,13 @@ def _explained(device: torch.device) -> dict[str, Any]:
     return {
         "device": str(device),
         "dtype": short(dtype),
+        "family": device_family(device),
         "automatic_order": [asdict(place) for place in automatic_order(device.type)],
+        "measured_order": [
+            {"op": where.op, "shapes": where.shapes, "places": [asdict(place) for place in places]}
+            for where, places in MEASURED_ORDER.items()
+            if where.family == device_family(device)
+        ],
         "ops": {name: [explanation_row(line) for line in explain(spec)] for name, spec in specs.items()},
     }
 
@@ -179,6 +185,11 @@ def _backend_table(backends: dict[str, Any]) -> Any:
         for index, (op, answer) in enumerate(said.items()):
             shown = (name, backend.description) if index == 0 else ("", "")
             table.add_row(*shown, op, answer, order if index == 0 else "")
+    for measured in backends["measured_order"]:
+        said_places = (f"{place['backend']} ({place['evidence']})" for place in measured["places"])
+        table.add_row(
+            backends["family"], "measured", measured["op"], f"{measured['shapes']} shapes", ", then ".join(said_places)
+        )
     return table
 
 

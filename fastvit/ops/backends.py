@@ -15,6 +15,9 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
+from typing import NamedTuple
+
+import torch
 
 from fastvit.kernels import native
 from fastvit.kernels.spec import AttentionSpec, Spec
@@ -46,7 +49,7 @@ class Backend:
 
 @dataclass(frozen=True)
 class Place:
-    """A backend's place in the automatic order of one device type, and the committed file that earned it."""
+    """A backend's place in an automatic order, and the committed file that earned it."""
 
     backend: str
     evidence: str
@@ -67,6 +70,20 @@ SPECIFICATION = Place("reference", "none needed: the specification")
 AUTOMATIC_ORDER: dict[str, tuple[Place, ...]] = {
     "cpu": (Place("cpu", "benchmarks/results/cpu-intel-xeon-processor-2026-11-21.csv"), SPECIFICATION),
 }
+
+
+class Measured(NamedTuple):
+    """Where a measurement holds: a device family ("sm_90", "gfx942"), an op, and a class of its shapes."""
+
+    family: str
+    op: str
+    shapes: str
+
+
+# What was measured more closely: these places come before those of the device type. A backward pass has the place of
+# its forward pass. `python -m benchmarks.places FILE…` prints what the rows of committed files earn, and a test fails
+# where this table says otherwise. Empty: no GPU has been measured.
+MEASURED_ORDER: dict[Measured, tuple[Place, ...]] = {}
 _NATIVE_IS_FIRST = AUTOMATIC_ORDER["cpu"][0].backend == "cpu"
 # False where every call must pass through the functions of kernels/native.py, because a test has replaced one.
 direct_calls = True
@@ -77,6 +94,40 @@ _requested: ContextVar[str | None] = ContextVar("fastvit_backend", default=None)
 def automatic_order(device_type: str) -> tuple[Place, ...]:
     """Return the places that have earned automatic choice on ``device_type``, best first."""
     return AUTOMATIC_ORDER.get(device_type, (SPECIFICATION,))
+
+
+def automatic_order_of(spec: Spec) -> tuple[Place, ...]:
+    """Return the places for one call: those measured for its device family and shapes, then the device type's."""
+    op = "attention" if isinstance(spec, AttentionSpec) else "patch_embed"
+    measured = MEASURED_ORDER.get(Measured(device_family(spec.device), op, shape_class(spec)), ())
+    names = {place.backend for place in measured}
+    return measured + tuple(place for place in automatic_order(spec.device.type) if place.backend not in names)
+
+
+@functools.lru_cache(maxsize=64)
+def device_family(device: torch.device) -> str:
+    """Return "sm_90" for an NVIDIA GPU, "gfx942" for one of AMD, and the device's type for anything else."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return device.type
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+# The longest sequence of a class: windows and small images; what a block of the CUDA kernels can hold whole.
+SHORT, MEDIUM = 64, 600
+# Tokens of all images, where a GPU begins to have a tile for each multiprocessor.
+FEW_TOKENS = 2048
+
+
+def shape_class(spec: Spec) -> str:
+    """Return which shapes a call is measured with: by N "short", "medium" or "long", by patches "few" or "many"."""
+    if isinstance(spec, AttentionSpec):
+        seqlen = max(spec.seqlen_q, spec.seqlen_k)
+        return "short" if seqlen <= SHORT else "medium" if seqlen <= MEDIUM else "long"
+    rows, columns = spec.grid
+    return "few" if spec.batch * rows * columns <= FEW_TOKENS else "many"
 
 
 def check_backend_name(name: str | None) -> None:
@@ -140,7 +191,7 @@ def _select(spec: Spec, name: str | None) -> ModuleType:
         if BACKENDS[name].why_not(spec):
             raise RuntimeError(f"backend '{name}' cannot run this call.\n{_reasons(spec)}")
         return BACKENDS[name].load()
-    for place in automatic_order(spec.device.type):
+    for place in automatic_order_of(spec):
         chosen = BACKENDS[place.backend]
         if not chosen.why_not(spec):
             if chosen.name == "reference":
@@ -177,7 +228,7 @@ class Explanation:
 
 def explain(spec: Spec) -> list[Explanation]:
     """Return, for every backend, whether it can run ``spec``, why not, and whether it would be chosen by itself."""
-    places = {place.backend: place for place in automatic_order(spec.device.type)}
+    places = {place.backend: place for place in automatic_order_of(spec)}
     can = {name: tuple(candidate.why_not(spec)) for name, candidate in BACKENDS.items()}
     winner = next((name for name in places if not can[name]), None)
     return [
