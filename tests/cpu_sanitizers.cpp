@@ -336,6 +336,8 @@ const PatchCase kPatches[] = {
     {2, 3, 3, 5, 7, 7, 17, true, true, 1, 0, 4, 5},
     {1, 2, 4, 3, 4, 6, 40, false, true, 0, 3, 7, 3},
     {1, 3, 3, 4, 16, 16, 24, false, false, 0, 0, 8, 19},
+    {1, 3, 2, 2, 32, 32, 40},         // operands that are split in parts
+    {1, 1, 13, 21, 16, 8, 70, true},  // more tokens than a task
 };
 
 }  // namespace

@@ -54,10 +54,17 @@ needs_tiles = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
     ],
 )
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_patch_embed_at_the_edges_of_tiles(
-    hold: Callable, batch: int, grid: tuple[int, int], patch: tuple[int, int], dim: int, layout: str
+    hold: Callable,
+    batch: int,
+    grid: tuple[int, int],
+    patch: tuple[int, int],
+    dim: int,
+    layout: str,
+    dtype: torch.dtype,
 ) -> None:
-    case = PatchEmbedCase(batch, 3, grid, patch, dim, torch.bfloat16, layout=layout)
+    case = PatchEmbedCase(batch, 3, grid, patch, dim, dtype, layout=layout)
     hold("patch_embed, AMX, edges", check_patch_embed(case, "cpu"), case)
 
 
@@ -72,10 +79,54 @@ def test_patch_embed_at_the_edges_of_tiles(
         ((4, 4), (1, 2), (1, 0)),
     ],
 )
-def test_patch_embed_with_strides(hold: Callable, patch: tuple, stride: tuple, padding: tuple, layout: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_patch_embed_with_strides(
+    hold: Callable, patch: tuple, stride: tuple, padding: tuple, layout: str, dtype: torch.dtype
+) -> None:
     for grid in ((17, 19), (3, 5)):
-        case = PatchEmbedCase(2, 3, grid, patch, 97, torch.bfloat16, layout=layout, stride=stride, padding=padding)
+        case = PatchEmbedCase(2, 3, grid, patch, 97, dtype, layout=layout, stride=stride, padding=padding)
         hold("patch_embed, AMX, strides", check_patch_embed(case, "cpu"), case)
+
+
+@needs_tiles
+@pytest.mark.parametrize("dim", [150, 1100])
+@pytest.mark.parametrize("patch", [(16, 16), (14, 14), (32, 32)])
+def test_float_patch_embed_in_every_form(hold: Callable, patch: tuple, dim: int) -> None:
+    # Few tokens and many, weights that are held whole, in parts, and not at all.
+    for batch in (1, 5):
+        case = PatchEmbedCase(batch, 3, (9, 10), patch, dim, torch.float32)
+        hold("patch_embed, AMX, float forms", check_patch_embed(case, "cpu"), case)
+
+
+@needs_tiles
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3e38, 2.0**31, 1e-40])
+def test_floats_that_do_not_split_are_multiplied_as_they_are(value: float) -> None:
+    images, weight = torch.randn(6, 3, 56, 56), torch.randn(300, 3, 8, 8)
+    grad = torch.randn(6, 49, 300)
+    for which in range(3):
+        tensors = [images.clone(), weight.clone(), grad.clone()]
+        tensors[which].view(-1)[tensors[which].numel() // 2] = value
+        pixels, kernel = (tensor.requires_grad_() for tensor in tensors[:2])
+        tokens = fastvit.patch_embed(pixels, kernel, backend="cpu")
+        expected = torch.nn.functional.conv2d(pixels.double(), kernel.double(), stride=8).flatten(2).transpose(1, 2)
+        results = tokens, *torch.autograd.grad(tokens, (pixels, kernel), tensors[2])
+        truth = expected, *torch.autograd.grad(expected, (pixels, kernel), tensors[2].double())
+        for result, exact in zip(results, truth, strict=True):
+            rounded = exact.detach().float()
+            finite = rounded.isfinite() & result.isfinite()
+            assert torch.equal(rounded.isnan() & ~finite, result.isnan() & ~finite) or abs(value) >= 3e38
+            error = (result - rounded)[finite].abs().max()
+            assert error <= 1e-5 * max(1.0, rounded[finite].abs().max().item())
+
+
+@needs_tiles
+@pytest.mark.parametrize("scale", [1e-38, 1e-20, 1e-9, 1e9, 1e15])
+def test_scales_of_floats(scale: float) -> None:
+    images, weight = torch.randn(2, 3, 64, 48), torch.randn(70, 3, 16, 16)
+    exact = torch.nn.functional.conv2d(images.double(), weight.double(), stride=16).flatten(2).transpose(1, 2)
+    for scaled in ((images * scale, weight), (images, weight * scale)):
+        error = (fastvit.patch_embed(*scaled).double() / scale - exact).abs().max()
+        assert error <= 1e-5 * exact.abs().max()
 
 
 @needs_tiles
@@ -124,11 +175,15 @@ def test_repeated_runs_and_thread_counts_give_the_same_bits() -> None:
     packed = torch.randn(3, 197, 3, 5, 64, dtype=torch.bfloat16)
     weight = torch.randn(200, 3, 16, 16, dtype=torch.bfloat16, requires_grad=True)
     stems = [torch.randn(n, 3, 112, 128, dtype=torch.bfloat16, requires_grad=True) for n in (1, 9)]
+    # One more, whose third image does not split.
+    floats = torch.randn(9, 3, 112, 128)
+    floats[2, 1, 50, 60] = 1e12
+    stems += [floats.requires_grad_()]
 
     def run() -> list[Tensor]:
         results = list(fastvit.attention_qkvpacked(packed, return_lse=True))
         for images in stems:
-            tokens = fastvit.patch_embed(images, weight)
+            tokens = fastvit.patch_embed(images, weight.to(images.dtype))
             results += [tokens.detach(), *torch.autograd.grad(tokens.float().square().sum(), (images, weight))]
         return results
 

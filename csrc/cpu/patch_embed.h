@@ -69,13 +69,7 @@ class PatchEmbed {
   Split gradient_columns() const { return {size_, kGradientColumns, W}; }
   Split gradient_rows() const { return {p_.embed_dim, kGradientRows, L}; }
 
-  void forward(int64_t begin, int64_t end) {
-    if constexpr (kHasPairs && __is_same(In, BFloat16)) {
-      // An odd patch would end in half a pair.
-      if (size_ % 2 == 0) return forward_units<BFloat16, PairStep>(begin, end);
-    }
-    forward_units<T, MultiplyLong>(begin, end);
-  }
+  void forward(int64_t begin, int64_t end) { forward(forward_tokens(), forward_rows(), begin, end); }
 
   void backward_weight(int64_t begin, int64_t end) {
     const Split cols = gradient_columns(), rows = gradient_rows(), steps = token_steps();
@@ -126,8 +120,24 @@ class PatchEmbed {
     }
   }
 
-  void backward_images(int64_t begin, int64_t end) {
-    const Split cols = columns(), steps = token_steps();
+  void backward_images(int64_t begin, int64_t end) { backward_images(token_steps(), columns(), begin, end); }
+
+ protected:
+  struct Matrix {
+    const T* data;
+    int64_t stride;
+  };
+
+  // The same for tasks of other sizes: at most kTokenRows tokens, and multiples of W rows or columns.
+  void forward(const Split& tokens, const Split& rows, int64_t begin, int64_t end) {
+    if constexpr (kHasPairs && __is_same(In, BFloat16)) {
+      // An odd patch would end in half a pair.
+      if (size_ % 2 == 0) return forward_units<BFloat16, PairStep>(tokens, rows, begin, end);
+    }
+    forward_units<T, MultiplyLong>(tokens, rows, begin, end);
+  }
+
+  void backward_images(const Split& steps, const Split& cols, int64_t begin, int64_t end) {
     const int64_t width = round_up(cols.size, L);
     T *panel, *grad_tokens = nullptr, *grad_patches;
     auto allocate = [&](Arena& arena) {
@@ -160,16 +170,9 @@ class PatchEmbed {
     }
   }
 
- protected:
-  struct Matrix {
-    const T* data;
-    int64_t stride;
-  };
-
   // The forward pass over units of 32 or 64 bits: one element of the compute type, or a pair of bfloat16.
   template <class Element, class Step>
-  void forward_units(int64_t begin, int64_t end) {
-    const Split tokens = forward_tokens(), rows = forward_rows();
+  void forward_units(const Split& tokens, const Split& rows, int64_t begin, int64_t end) {
     constexpr int64_t kPerUnit = int64_t(sizeof(T) / sizeof(Element));
     const int64_t units = size_ / kPerUnit, padded = round_up(units, L);
     T *patches, *gathered, *weight, *results, *bias;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "patch_embed.h"
+#include "patch_embed_split.h"
 #include "patch_embed_tiles.h"
 
 namespace fastvit::cpu::FASTVIT_CAPABILITY {
@@ -14,6 +15,14 @@ struct PatchEmbedForm {
 template <>
 struct PatchEmbedForm<BFloat16> {
   using type = PatchEmbedTiles;
+};
+template <>
+struct PatchEmbedForm<float> {
+  using type = PatchEmbedSplit<float>;
+};
+template <>
+struct PatchEmbedForm<Half> {
+  using type = PatchEmbedSplit<Half>;
 };
 #endif
 

@@ -265,6 +265,45 @@ inline void split_product(SplitMatrix<PartsA> a, const SplitMatrix<PartsB>& b, i
   asm volatile("" ::: "memory");
 }
 
+// Steps of k per pass over C, when C is more than a block: two operands of 24 KiB.
+constexpr int64_t kPassSteps = 4;
+
+// C [rows][32] (+)= A · B, in passes over k that leave the panel of B in the first-level cache; lanes at most 32. A
+// pass sums from zero and is added to C whole: continued sums would round every product, the small ones too, at the
+// size of C.
+template <int Parts>
+inline void split_panel(const SplitMatrix<Parts>& a, const SplitMatrix<Parts>& b, int64_t rows, int64_t lanes,
+                        int64_t all_steps, bool accumulate, float* c) {
+  const int64_t passes = ceil_div(all_steps, kPassSteps), longest = ceil_div(all_steps, passes);
+  alignas(64) float spare[2][2 * kTileSide * kTilePanel];
+  // Added one block later: the processor cannot read what it has just stored as tiles before it is in the cache.
+  float *waiting = nullptr, *sum = spare[0], *last_sum = spare[1];
+  int64_t waiting_rows = 0;
+  const auto add_waiting = [&] {
+    for (int64_t i = 0; waiting != nullptr && i < waiting_rows * kTilePanel; i += kTileSide) {
+      store(waiting + i, load(waiting + i) + load(last_sum + i));
+    }
+  };
+  for (int64_t step = 0; step < all_steps; step += longest) {
+    const int64_t steps = min64(longest, all_steps - step);
+    const bool add = accumulate || step > 0;
+    for (int64_t row = 0; row < rows; row += 2 * kTileSide) {
+      float* const target = c + row * kTilePanel;
+      const int64_t here = min64(2 * kTileSide, rows - row);
+      split_product(a.from(row, step * kTileDepth), b.from(0, step * kTileDepth), here, lanes, steps, false,
+                    add ? sum : target, kTilePanel);
+      if (!add) continue;
+      add_waiting();
+      waiting = target;
+      waiting_rows = round_up(here, kTileSide);
+      float* const next = last_sum;
+      last_sum = sum;
+      sum = next;
+    }
+  }
+  add_waiting();
+}
+
 }  // namespace fastvit::cpu::FASTVIT_CAPABILITY
 
 #endif
