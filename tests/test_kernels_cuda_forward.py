@@ -12,14 +12,13 @@ from hypothesis import given
 import fastvit
 from fastvit.testing import AttentionCase, check_attention
 from tests.emulated import A100, H100, RTX, STREAMING, emulator, in_range, needs_emulator
+from tests.kernel_cases import DTYPES, HEAD_DIMS
 from tests.strategies import attention_cases, fuzz
 
 __all__ = ["emulator"]
 pytestmark = needs_emulator
 
-DTYPES = (torch.float16, torch.bfloat16)
 SEQLENS = (1, 7, 49, 50, 64, 196, 197, 256, 257, 577, 1025)
-HEAD_DIMS = (32, 64, 72, 80, 88, 96, 104, 128)
 LABEL = "attention forward, cuda in the emulator"
 
 
@@ -59,8 +58,8 @@ def test_value_heads_of_another_size(hold: Callable, emulator: ModuleType, head_
 
 @pytest.mark.parametrize("seqlens", [(1, 257), (257, 1), (16, 64), (50, 197), (197, 50), (70, 600), (600, 70)])
 def test_cross_attention(hold: Callable, emulator: ModuleType, seqlens: tuple[int, int]) -> None:
-    for layout in ("bnhd", "bhnd"):
-        check(hold, AttentionCase(2, 2, *seqlens, dtype=torch.float16, layout=layout))
+    for layout, dtype in (("bnhd", torch.float16), ("bhnd", torch.float16), ("bnhd", torch.bfloat16)):
+        check(hold, AttentionCase(2, 2, *seqlens, dtype=dtype, layout=layout))
 
 
 @pytest.mark.parametrize("bias", ["bool", "additive", "float32"])

@@ -17,11 +17,10 @@ import fastvit.ops as ops
 from fastvit.kernels import cuda
 from fastvit.testing import AttentionCase, Comparison, check_attention
 from tests.emulated import emulator, needs_emulator
+from tests.kernel_cases import DTYPES, SM90_SEQLENS, on_device, sm90_case
 
 ROOT = Path(__file__).parent.parent
-SEQLENS = (1, 7, 49, 50, 64, 196, 197, 256, 257, 577)
-HEAD_DIMS = (64, 128)
-DTYPES = (torch.float16, torch.bfloat16)
+HEAD_DIMS = tuple(SM90_SEQLENS)
 Hold = Callable[[str, Iterable[Comparison], object], None]
 
 
@@ -49,21 +48,23 @@ def case_of(seqlen: int, head_dim: int, dtype: torch.dtype, **fields: object) ->
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
-@pytest.mark.parametrize("seqlen", SEQLENS)
+@pytest.mark.parametrize(("head_dim", "seqlen"), [(dim, n) for dim, lengths in SM90_SEQLENS.items() for n in lengths])
 def test_the_lengths_of_vision_transformers(
-    seqlen: int, head_dim: int, dtype: torch.dtype, hold: Hold, emulator: ModuleType
+    head_dim: int, seqlen: int, dtype: torch.dtype, hold: Hold, emulator: ModuleType
 ) -> None:
-    case = case_of(seqlen, head_dim, dtype, sharpness=4.0 if seqlen == 197 else 1.0)
-    hold("sm90", check(case), case)
+    case = sm90_case(seqlen, head_dim, dtype)
+    assert isinstance(case.case, AttentionCase)
+    with on_device(emulator, case):
+        hold("sm90", check(case.case), case)
     assert emulator.statistics()["warpgroup_products"] > 0
     assert emulator.statistics()["matrix_products"] == 0
 
 
 @pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(1, 197), (197, 50), (65, 264), (64, 65), (130, 300), (50, 1025)])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_cross_attention(seqlen_q: int, seqlen_k: int, head_dim: int, hold: Hold) -> None:
-    case = case_of(seqlen_q, head_dim, torch.float16, seqlen_k=seqlen_k, layout="bhnd", batch=1)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cross_attention(seqlen_q: int, seqlen_k: int, head_dim: int, dtype: torch.dtype, hold: Hold) -> None:
+    case = case_of(seqlen_q, head_dim, dtype, seqlen_k=seqlen_k, layout="bhnd", batch=1)
     hold("sm90 cross", check(case), case)
 
 
