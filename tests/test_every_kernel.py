@@ -1,4 +1,4 @@
-"""Every CUDA kernel that is built is executed: the table of kernel_cases.py, run here and where it says, and counted."""
+"""Every CUDA kernel that is built is executed: the cases of kernel_cases.py for attention, and the count of all."""
 
 from __future__ import annotations
 
