@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,15 +113,25 @@ def all_cases() -> Iterator[KernelCase]:
             yield from (patch_embed_case(embed_dim, count, dtype) for count in MULTIPROCESSORS)
 
 
+def families(launches: Iterable[tuple]) -> set[str]:
+    """Return which kernels were launched, without their template arguments; ``launches`` are the emulator's."""
+    return {demangle(name).split("<")[0] for name, *_ in launches}
+
+
 @contextmanager
 def on_device(emulator: ModuleType, case: KernelCase, only_notes: bool = False) -> Iterator[set[str]]:
-    """Emulate the case's device in its form; the set that this gives holds, at the end, the kernels launched."""
+    """Emulate the case's device in its form; the set that this gives holds the kernels launched at the end.
+
+    Raises:
+        AssertionError: they are not of the case's families.
+    """
     launched: set[str] = set()
     emulator.configure(**case.device, only_notes=only_notes)
     emulator.reset_statistics()
     with cuda.form(case.form):
         yield launched
     launched |= {demangle(name) for name, *_ in emulator.launches()}
+    assert families(emulator.launches()) == case.families, case
 
 
 def built_kernels(emulator: ModuleType) -> set[str]:

@@ -25,20 +25,15 @@ __all__ = ["emulator"]
 pytestmark = needs_emulator
 
 
-def families(kernels: set[str]) -> set[str]:
-    return {name.split("<")[0] for name in kernels}
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("form", ATTENTION_FORMS)
 def test_attention(form: str, head_dim: int, dtype: torch.dtype, hold: Callable, emulator: ModuleType) -> None:
     for case in attention_cases(form, head_dim, dtype):
         assert isinstance(case.case, AttentionCase)
-        with on_device(emulator, case) as launched:
+        with on_device(emulator, case):
             compared = check_attention(case.case, "cuda", backward=case.backward, written_out=True)
         hold(f"cuda in the emulator, {form}", compared, case)
-        assert families(launched) == case.families
         assert emulator.statistics()["bank_conflicts"] == 0
 
 
@@ -47,7 +42,6 @@ def test_every_kernel_is_launched_by_a_case(emulator: ModuleType) -> None:
     for case in all_cases():
         with on_device(emulator, case, only_notes=True) as launched:
             case.run()
-        assert families(launched) == case.families, case
         seen |= launched
     built = built_kernels(emulator)
     assert seen == built, "add a case to kernel_cases.py"

@@ -14,7 +14,7 @@ from fastvit.kernels import cuda as kernels
 from fastvit.ops.backends import reset_selection
 from fastvit.testing import AttentionCase, Comparison, check_attention, compare
 from tests.emulated import in_range
-from tests.kernel_cases import HEAD_DIMS
+from tests.kernel_cases import HEAD_DIMS, families
 from tests.strategies import attention_cases, fuzz
 
 emulator = pytest.importorskip(
@@ -350,7 +350,16 @@ def test_empty(sizes: tuple[int, int, int, int]) -> None:
 
 
 @fuzz(100, shrink=False)
-@given(attention_cases(max_seqlen=64))
-def test_fuzz(hold: Hold, case: AttentionCase) -> None:
-    emulator.configure(**FORMS["streaming" if case.seed % 3 == 0 else "resident"])
-    hold("cuda attention backward, fuzz", check_attention(in_range(case), "cuda", written_out=True), case)
+@given(attention_cases(max_seqlen=64, most_heads=192))
+def test_fuzz_resident(hold: Hold, case: AttentionCase) -> None:
+    hold("cuda attention backward, fuzz, resident", check_attention(in_range(case), "cuda", written_out=True), case)
+    assert families(emulator.launches()) == {"attention_forward_resident", "attention_backward_resident"}
+
+
+# Up to 64 rows make too little work to deal out, and any form takes them whole.
+@fuzz(100, shrink=False)
+@given(attention_cases(max_seqlen=90, min_elements=384, most_heads=24, min_queries=16, keys=(65, 100)))
+def test_fuzz_streaming(hold: Hold, case: AttentionCase) -> None:
+    emulator.configure(**STREAMING, seed=case.seed)
+    hold("cuda attention backward, fuzz, streaming", check_attention(in_range(case), "cuda", written_out=True), case)
+    assert families(emulator.launches()) == {"attention_forward_resident", "attention_backward_streaming"}

@@ -12,7 +12,7 @@ from hypothesis import given
 import fastvit
 from fastvit.testing import AttentionCase, check_attention
 from tests.emulated import A100, H100, RTX, STREAMING, emulator, in_range, needs_emulator
-from tests.kernel_cases import DTYPES, HEAD_DIMS
+from tests.kernel_cases import DTYPES, HEAD_DIMS, families
 from tests.strategies import attention_cases, fuzz
 
 __all__ = ["emulator"]
@@ -220,5 +220,17 @@ def test_what_the_emulated_kernels_cannot_do_is_said(
 
 @fuzz(100, shrink=False)
 @given(attention_cases(max_seqlen=150))
-def test_fuzz(hold: Callable, emulator: ModuleType, case: AttentionCase) -> None:
-    check(hold, in_range(case), "attention forward, cuda in the emulator, fuzz")
+def test_fuzz_resident(hold: Callable, emulator: ModuleType, case: AttentionCase) -> None:
+    check(hold, in_range(case), "attention forward, cuda in the emulator, fuzz, resident")
+    assert families(emulator.launches()) == {"attention_forward_resident"}
+
+
+# From 193 keys on those of a head do not fit into the memory that the streaming form takes.
+@fuzz(100, shrink=False)
+@given(attention_cases(max_seqlen=80, min_elements=256, most_heads=16, min_queries=16, keys=(193, 280)))
+def test_fuzz_streaming(hold: Callable, emulator: ModuleType, case: AttentionCase) -> None:
+    case = in_range(case)
+    head_dim = next(dim for dim in HEAD_DIMS if dim >= max(case.head_dim, case.head_dim_v))
+    emulator.configure(shared_bytes=768 * head_dim, multiprocessors=1 + case.seed % 5, seed=case.seed)
+    check(hold, case, "attention forward, cuda in the emulator, fuzz, streaming")
+    assert families(emulator.launches()) == {"attention_forward_streaming"}

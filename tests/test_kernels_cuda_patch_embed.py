@@ -337,10 +337,19 @@ def test_empty_batch() -> None:
     assert not grad_bias.any()
 
 
+def drawn(case: PatchEmbedCase) -> PatchEmbedCase:
+    """Give a drawn case a dtype that the kernels take, and a device."""
+    configure(multiprocessors=1 + case.seed % 5, seed=case.seed)
+    return case if case.dtype in DTYPES else replace(case, dtype=DTYPES[case.seed % 2])
+
+
 @fuzz(100, shrink=False)
 @given(patch_embed_cases(max_grid=4))
-def test_fuzz(hold: Hold, case: PatchEmbedCase) -> None:
-    configure(multiprocessors=1 + case.seed % 5, seed=case.seed)
-    if case.dtype not in DTYPES:
-        case = replace(case, dtype=DTYPES[case.seed % 2])
-    hold("cuda patch_embed, fuzz", check_patch_embed(case, "cuda"), case)
+def test_fuzz_forward(hold: Hold, case: PatchEmbedCase) -> None:
+    hold("cuda patch_embed, fuzz, forward", check_patch_embed(drawn(case), "cuda", backward=False), case)
+
+
+@fuzz(100, shrink=False)
+@given(patch_embed_cases(max_grid=4))
+def test_fuzz_backward(hold: Hold, case: PatchEmbedCase) -> None:
+    hold("cuda patch_embed, fuzz, backward", check_patch_embed(drawn(case), "cuda"), case)

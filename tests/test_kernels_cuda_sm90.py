@@ -1,21 +1,22 @@
-"""The CUDA C++ attention kernel for sm_90a, run in the emulator; and the emulator, on faults planted in that kernel."""
+"""The CUDA C++ attention kernel for sm_90a, run in the emulator."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
 import torch
+from hypothesis import given
 
 import fastvit.ops as ops
 from fastvit.kernels import cuda
 from fastvit.testing import AttentionCase, Comparison, check_attention
 from tests.emulated import emulator, needs_emulator
-from tests.kernel_cases import DTYPES, SM90_SEQLENS, on_device, sm90_case
+from tests.kernel_cases import DTYPES, SM90_SEQLENS, families, on_device, sm90_case
+from tests.strategies import attention_cases, fuzz
 
-ROOT = Path(__file__).parent.parent
 HEAD_DIMS = tuple(SM90_SEQLENS)
 Hold = Callable[[str, Iterable[Comparison], object], None]
 
@@ -146,3 +147,14 @@ def test_every_order_of_warps_gives_the_same_bits(emulator: ModuleType) -> None:
     for output, lse in results[1:]:
         assert output.equal(results[0][0])
         assert lse.equal(results[0][1])
+
+
+@fuzz(100, shrink=False)
+@given(attention_cases(max_seqlen=100, min_elements=256, most_heads=12, min_queries=16, keys=(1, 300)))
+def test_fuzz(hold: Hold, emulator: ModuleType, case: AttentionCase) -> None:
+    head_dim = HEAD_DIMS[case.seed % 2]
+    dtype = case.dtype if case.dtype in DTYPES else DTYPES[case.seed // 2 % 2]
+    case = replace(case, head_dim=head_dim, head_dim_v=head_dim, dtype=dtype, bias=None, is_causal=False)
+    emulator.configure(multiprocessors=1 + case.seed % 5, seed=case.seed)
+    hold("sm90 fuzz", check(case), case)
+    assert families(emulator.launches()) == {"attention_forward_sm90"}
