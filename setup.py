@@ -92,6 +92,9 @@ class BuildNative(build_ext):
         if self.inplace:
             # Where setuptools links before it copies: a wheel is made of everything in build_lib, whoever put it there.
             self.build_lib = str(Path(self.build_temp) / "in_place")
+        else:
+            for stale in Path(self.build_lib).glob("fastvit/_emulator.*"):
+                stale.unlink()
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
