@@ -85,6 +85,18 @@ def cuda_architectures() -> list[str]:
 class BuildNative(build_ext):
     """Writes build.ninja and runs it."""
 
+    def run(self) -> None:
+        """Build; the emulator in place alone, so that no wheel has it."""
+        if not self.inplace and any(ext.name == "fastvit._emulator" for ext in self.extensions):
+            sys.exit("FASTVIT_BUILD_EMULATOR: the emulator is for tests, never shipped: build_ext --inplace")
+        if self.inplace:
+            # Where setuptools links before it copies: a wheel is made of everything in build_lib, whoever put it there.
+            self.build_lib = str(Path(self.build_temp) / "in_place")
+        else:
+            for stale in Path(self.build_lib).glob("fastvit/_emulator.*"):
+                stale.unlink()
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         """Compile and link ``ext`` where setuptools wants it; without a compiler, say so and leave it out."""
         compiler = shutil.which(os.environ.get("CXX", "c++"))

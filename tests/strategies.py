@@ -36,11 +36,19 @@ def fuzz(examples: int, shrink: bool = True) -> settings:
 
 @st.composite
 def attention_cases(
-    draw: st.DrawFn, max_seqlen: int = 130, min_elements: int = MIN_ELEMENTS, most_heads: int = 2**20
+    draw: st.DrawFn,
+    max_seqlen: int = 130,
+    min_elements: int = MIN_ELEMENTS,
+    most_heads: int = 2**20,
+    min_queries: int = 1,
+    keys: tuple[int, int] | None = None,
 ) -> AttentionCase:
-    """Any attention problem that the op accepts; the batch grows for ``min_elements`` up to ``most_heads`` in all."""
-    seqlen_q = draw(st.integers(1, max_seqlen))
-    seqlen_k = draw(st.one_of(st.just(seqlen_q), st.integers(1, max_seqlen)))
+    """Any attention problem that the op accepts; the batch grows for ``min_elements`` up to ``most_heads`` in all.
+
+    ``keys`` are the fewest and the most of them, where those of ``max_seqlen`` do not serve.
+    """
+    seqlen_q = draw(st.integers(min_queries, max_seqlen))
+    seqlen_k = draw(st.integers(*keys) if keys else st.one_of(st.just(seqlen_q), st.integers(1, max_seqlen)))
     head_dim = draw(st.one_of(st.sampled_from((32, 64, 72, 80, 88, 128)), st.integers(1, 256)))
     head_dim_v = draw(st.one_of(st.just(head_dim), st.just(head_dim), st.integers(1, 256)))
     heads = draw(st.integers(1, 4))

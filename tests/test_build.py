@@ -10,6 +10,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,55 @@ def test_the_emulator_is_built_only_when_asked_for(
     monkeypatch.setenv("FASTVIT_BUILD_EMULATOR", "yes")
     with pytest.raises(SystemExit, match="FASTVIT_BUILD_EMULATOR: got 'yes'; accepted are 0, 1, only and unset"):
         read_setup(monkeypatch)
+
+
+@pytest.mark.parametrize("given", ["1", "only"])
+def test_no_wheel_is_built_with_the_emulator(given: str, tmp_path: Path) -> None:
+    command = ["build", f"--build-base={tmp_path}", "bdist_wheel", f"--dist-dir={tmp_path}"]
+    result = subprocess.run(
+        [sys.executable, "setup.py", "--quiet", *command],
+        cwd=ROOT,
+        env={**os.environ, "FASTVIT_BUILD_EMULATOR": given},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode != 0
+    assert "FASTVIT_BUILD_EMULATOR: the emulator is for tests, never shipped" in result.stderr
+    assert not list(tmp_path.rglob("*.so"))
+    assert not list(tmp_path.rglob("*.whl"))
+
+
+def test_a_wheel_has_no_emulator_that_was_built_in_place_before(tmp_path: Path) -> None:
+    for name in ("csrc", "fastvit"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+        shutil.copy(ROOT / name, tmp_path)
+    # Writes empty files.
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\nwhile [ $# -gt 0 ]; do case "$1" in -o | -MF) : > "$2" ;; esac; shift; done\n')
+    compiler.chmod(0o755)
+
+    def setup(emulator: str, *command: str) -> None:
+        given = {"FASTVIT_BUILD_EMULATOR": emulator, "FASTVIT_BUILD_CUDA": "0", "CXX": str(compiler)}
+        subprocess.run(
+            [sys.executable, "setup.py", "--quiet", *command],
+            cwd=tmp_path,
+            env={**os.environ, **given},
+            check=True,
+            capture_output=True,
+        )
+
+    setup("only", "build_ext", "--inplace")
+    assert list(tmp_path.glob("fastvit/_emulator.*.so"))
+    # As earlier versions of setup.py left one.
+    stale = tmp_path / "library/fastvit/_emulator.so"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    setup("0", "build", "--build-lib=library", "bdist_wheel")
+    (wheel,) = tmp_path.glob("dist/*.whl")
+    libraries = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+    assert [name.split(".")[0] for name in libraries] == ["fastvit/_C"]
 
 
 def test_the_cuda_kernels_of_this_build() -> None:

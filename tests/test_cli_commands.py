@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import cuda_resources
 from fastvit.cli import main
 from fastvit.commands import DTYPES, check, make_console, write_json
-from fastvit.kernels import native
+from fastvit.kernels import cuda, native
 from fastvit.ops import backends
 from tests.commands import CONTROL, assert_finite, error_line, plain_terminal, plant_wrong_attention
 
@@ -109,6 +110,18 @@ class TestEnv:
         assert [line["backend"] for line in figures["backends"][0]["ops"]["attention"]] == BACKENDS
         assert [place["backend"] for place in figures["backends"][0]["automatic_order"]][-1] == "reference"
         assert "Backends on cpu" in error
+
+    @needs_cpu_kernels
+    def test_how_many_cuda_kernels_were_built(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["env", "--json"]) == 0
+        built = json.loads(capsys.readouterr().out)["built"]
+        count, words = built["cuda kernels"].split(maxsplit=1)
+        assert int(count) == len(cuda.built_kernels())
+        if built["cuda architectures"].startswith("none"):
+            assert (count, words) == ("0", "instantiations, by nvcc (none)")
+            return
+        assert int(count) == len({row.kernel for row in cuda_resources.read()})
+        assert re.fullmatch(r"instantiations, by nvcc \d+\.\d+\.\d+", words)
 
     @pytest.mark.parametrize("absent", ["fastvit._C", "triton", "timm"])
     def test_without(self, absent: str) -> None:

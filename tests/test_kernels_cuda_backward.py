@@ -14,6 +14,7 @@ from fastvit.kernels import cuda as kernels
 from fastvit.ops.backends import reset_selection
 from fastvit.testing import AttentionCase, Comparison, check_attention, compare
 from tests.emulated import in_range
+from tests.kernel_cases import HEAD_DIMS, families
 from tests.strategies import attention_cases, fuzz
 
 emulator = pytest.importorskip(
@@ -21,7 +22,6 @@ emulator = pytest.importorskip(
 )
 
 F16, BF16 = torch.float16, torch.bfloat16
-HEAD_DIMS = (32, 64, 72, 80, 88, 96, 104, 128)
 NAN = float("nan")
 # Which form runs follows from the device: where heads are few for its multiprocessors, or too long for its shared
 # memory, it is the streaming one.
@@ -142,13 +142,14 @@ def test_lengths(seqlen: int, dtype: torch.dtype, hold: Hold) -> None:
         (577, 577, 32, "resident"),
         (1025, 100, 32, "resident"),
         (577, 577, 64, "streaming"),
-        (1025, 1025, 32, "streaming"),
+        (1025, 1025, 64, "streaming"),
         (1, 1025, 64, "streaming"),
         (1025, 3, 64, "streaming"),
     ],
 )
-def test_long(seqlen_q: int, seqlen_k: int, head_dim: int, form: str, hold: Hold) -> None:
-    given = arguments(seqlen_q, seqlen_k, head_dim, heads=2 if form == "resident" else 1)
+@pytest.mark.parametrize("dtype", [F16, BF16])
+def test_long(seqlen_q: int, seqlen_k: int, head_dim: int, form: str, dtype: torch.dtype, hold: Hold) -> None:
+    given = arguments(seqlen_q, seqlen_k, head_dim, dtype=dtype, heads=2 if form == "resident" else 1)
     hold(f"cuda attention backward, {form}", check(given, form), (seqlen_q, seqlen_k))
 
 
@@ -349,7 +350,16 @@ def test_empty(sizes: tuple[int, int, int, int]) -> None:
 
 
 @fuzz(100, shrink=False)
-@given(attention_cases(max_seqlen=64))
-def test_fuzz(hold: Hold, case: AttentionCase) -> None:
-    emulator.configure(**FORMS["streaming" if case.seed % 3 == 0 else "resident"])
-    hold("cuda attention backward, fuzz", check_attention(in_range(case), "cuda", written_out=True), case)
+@given(attention_cases(max_seqlen=64, most_heads=192))
+def test_fuzz_resident(hold: Hold, case: AttentionCase) -> None:
+    hold("cuda attention backward, fuzz, resident", check_attention(in_range(case), "cuda", written_out=True), case)
+    assert families(emulator.launches()) == {"attention_forward_resident", "attention_backward_resident"}
+
+
+# Up to 64 rows make too little work to deal out, and any form takes them whole.
+@fuzz(100, shrink=False)
+@given(attention_cases(max_seqlen=90, min_elements=384, most_heads=24, min_queries=16, keys=(65, 100)))
+def test_fuzz_streaming(hold: Hold, case: AttentionCase) -> None:
+    emulator.configure(**STREAMING, seed=case.seed)
+    hold("cuda attention backward, fuzz, streaming", check_attention(in_range(case), "cuda", written_out=True), case)
+    assert families(emulator.launches()) == {"attention_forward_resident", "attention_backward_streaming"}

@@ -12,14 +12,13 @@ from hypothesis import given
 import fastvit
 from fastvit.testing import AttentionCase, check_attention
 from tests.emulated import A100, H100, RTX, STREAMING, emulator, in_range, needs_emulator
+from tests.kernel_cases import DTYPES, HEAD_DIMS, families
 from tests.strategies import attention_cases, fuzz
 
 __all__ = ["emulator"]
 pytestmark = needs_emulator
 
-DTYPES = (torch.float16, torch.bfloat16)
 SEQLENS = (1, 7, 49, 50, 64, 196, 197, 256, 257, 577, 1025)
-HEAD_DIMS = (32, 64, 72, 80, 88, 96, 104, 128)
 LABEL = "attention forward, cuda in the emulator"
 
 
@@ -59,8 +58,8 @@ def test_value_heads_of_another_size(hold: Callable, emulator: ModuleType, head_
 
 @pytest.mark.parametrize("seqlens", [(1, 257), (257, 1), (16, 64), (50, 197), (197, 50), (70, 600), (600, 70)])
 def test_cross_attention(hold: Callable, emulator: ModuleType, seqlens: tuple[int, int]) -> None:
-    for layout in ("bnhd", "bhnd"):
-        check(hold, AttentionCase(2, 2, *seqlens, dtype=torch.float16, layout=layout))
+    for layout, dtype in (("bnhd", torch.float16), ("bhnd", torch.float16), ("bnhd", torch.bfloat16)):
+        check(hold, AttentionCase(2, 2, *seqlens, dtype=dtype, layout=layout))
 
 
 @pytest.mark.parametrize("bias", ["bool", "additive", "float32"])
@@ -221,5 +220,17 @@ def test_what_the_emulated_kernels_cannot_do_is_said(
 
 @fuzz(100, shrink=False)
 @given(attention_cases(max_seqlen=150))
-def test_fuzz(hold: Callable, emulator: ModuleType, case: AttentionCase) -> None:
-    check(hold, in_range(case), "attention forward, cuda in the emulator, fuzz")
+def test_fuzz_resident(hold: Callable, emulator: ModuleType, case: AttentionCase) -> None:
+    check(hold, in_range(case), "attention forward, cuda in the emulator, fuzz, resident")
+    assert families(emulator.launches()) == {"attention_forward_resident"}
+
+
+# From 193 keys on those of a head do not fit into the memory that the streaming form takes.
+@fuzz(100, shrink=False)
+@given(attention_cases(max_seqlen=80, min_elements=256, most_heads=16, min_queries=16, keys=(193, 280)))
+def test_fuzz_streaming(hold: Callable, emulator: ModuleType, case: AttentionCase) -> None:
+    case = in_range(case)
+    head_dim = next(dim for dim in HEAD_DIMS if dim >= max(case.head_dim, case.head_dim_v))
+    emulator.configure(shared_bytes=768 * head_dim, multiprocessors=1 + case.seed % 5, seed=case.seed)
+    check(hold, case, "attention forward, cuda in the emulator, fuzz, streaming")
+    assert families(emulator.launches()) == {"attention_forward_streaming"}

@@ -22,6 +22,7 @@ from fastvit.kernels import cuda
 from fastvit.kernels.spec import PatchEmbedSpec
 from fastvit.ops.backends import reset_selection
 from fastvit.testing import Comparison, PatchEmbedCase, check_patch_embed, compare
+from tests.kernel_cases import DTYPES, EMBED_DIMS, MULTIPROCESSORS, on_device, patch_embed_case
 from tests.strategies import fuzz, patch_embed_cases
 
 try:
@@ -29,7 +30,6 @@ try:
 except ImportError as error:
     pytest.skip(f"{error}: built with FASTVIT_BUILD_EMULATOR=1", allow_module_level=True)
 
-DTYPES = (torch.float16, torch.bfloat16)
 LABEL = "cuda patch_embed, emulated"
 # As much as a block may have on sm_86 and sm_89.
 SHARED_BYTES = 99 * 1024
@@ -132,13 +132,13 @@ def test_strides(patch: tuple, grid: tuple, stride: tuple, padding: tuple, layou
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("multiprocessors", [1, 64])
-@pytest.mark.parametrize("embed_dim", [1, 7, 32, 96, 192, 200])
+@pytest.mark.parametrize("multiprocessors", MULTIPROCESSORS)
+@pytest.mark.parametrize("embed_dim", EMBED_DIMS)
 def test_embed_dims(embed_dim: int, multiprocessors: int, dtype: torch.dtype, hold: Hold) -> None:
-    configure(multiprocessors)
-    has_bias = embed_dim not in (32, 192)
-    case = PatchEmbedCase(embed_dim=embed_dim, patch=(8, 8), grid=(9, 8), has_bias=has_bias, dtype=dtype)
-    hold(LABEL, check_patch_embed(case, "cuda"), case)
+    case = patch_embed_case(embed_dim, multiprocessors, dtype)
+    assert isinstance(case.case, PatchEmbedCase)
+    with on_device(emulator, case):
+        hold(LABEL, check_patch_embed(case.case, "cuda"), case)
 
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
@@ -337,10 +337,19 @@ def test_empty_batch() -> None:
     assert not grad_bias.any()
 
 
+def drawn(case: PatchEmbedCase) -> PatchEmbedCase:
+    """Give a drawn case a dtype that the kernels take, and a device."""
+    configure(multiprocessors=1 + case.seed % 5, seed=case.seed)
+    return case if case.dtype in DTYPES else replace(case, dtype=DTYPES[case.seed % 2])
+
+
 @fuzz(100, shrink=False)
 @given(patch_embed_cases(max_grid=4))
-def test_fuzz(hold: Hold, case: PatchEmbedCase) -> None:
-    configure(multiprocessors=1 + case.seed % 5, seed=case.seed)
-    if case.dtype not in DTYPES:
-        case = replace(case, dtype=DTYPES[case.seed % 2])
-    hold("cuda patch_embed, fuzz", check_patch_embed(case, "cuda"), case)
+def test_fuzz_forward(hold: Hold, case: PatchEmbedCase) -> None:
+    hold("cuda patch_embed, fuzz, forward", check_patch_embed(drawn(case), "cuda", backward=False), case)
+
+
+@fuzz(100, shrink=False)
+@given(patch_embed_cases(max_grid=4))
+def test_fuzz_backward(hold: Hold, case: PatchEmbedCase) -> None:
+    hold("cuda patch_embed, fuzz, backward", check_patch_embed(drawn(case), "cuda"), case)

@@ -11,7 +11,8 @@
 //   a load over what a wgmma still reads, or has read with no mbarrier between; accumulators used before the wait;
 //   missing fences; too many arrivals or bytes; phases that never end.
 // What it does not model: time, caches, the order of global writes, atomics; clusters, multicast, tensor stores, other
-// swizzles; threads that access memory which tensor loads write (refused); the registers of setmaxnreg; named barriers.
+// swizzles; threads that access memory which tensor loads write (refused); the registers of setmaxnreg; named barriers
+// and votes of a warp, which no kernel uses: primitives.cuh has no word for them.
 // Between warps, what one lane of a warp has waited for counts as seen by its other lanes.
 #pragma once
 

@@ -97,9 +97,13 @@ def built_kernels() -> tuple[str, ...]:
     """Return the mangled names of the kernels in fastvit._C, sorted; empty if it has none or cannot be loaded."""
     if native.load_error():
         return ()
-    binary = Path(str(importlib.import_module("fastvit._C").__file__)).read_bytes()
+    return kernels_of(Path(str(importlib.import_module("fastvit._C").__file__)))
+
+
+def kernels_of(library: Path) -> tuple[str, ...]:
+    """Return the mangled names of the kernels in a library, sorted."""
     # The host registers each kernel by its name, a plain string; a kernel takes its arguments as one struct by value.
-    names = re.findall(rb"\0(_ZN7fastvit4cuda\d+\w+vNS0_\d+\w*Arguments\w*E)(?=\0)", binary)
+    names = re.findall(rb"\0(_ZN7fastvit4cuda\d+\w+vNS0_\d+\w*Arguments\w*E)(?=\0)", library.read_bytes())
     return tuple(sorted({name.decode() for name in names}))
 
 
