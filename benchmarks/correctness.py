@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import harness
+from benchmarks import harness, timers
 from benchmarks.timers import first_line
 from fastvit.testing import Comparison, check_attention, check_patch_embed, vit_attention_cases, vit_patch_embed_cases
 
@@ -87,11 +87,12 @@ def work_off(backend: str, device: str, path: Path, seconds: float) -> None:
                 results = check(backend, device)
                 if device == "cuda":
                     torch.cuda.synchronize()
-            except (RuntimeError, NotImplementedError) as error:
+            except Exception as error:
+                # Triton's errors (OutOfResources, CompilationError) are no RuntimeErrors.
                 cannot = CANNOT in str(error)
                 _append(file, entry | {"state": "cannot" if cannot else "failed", "error": first_line(error)})
-                if not cannot and device == "cuda":
-                    # The context may be lost with it: the next process goes on.
+                if not cannot and timers.is_lost(device):
+                    # The next process goes on.
                     raise SystemExit(4) from error
             else:
                 _append(file, entry | {"state": "ran", "ratios": {result.name: result.ratio for result in results}})

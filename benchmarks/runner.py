@@ -29,8 +29,9 @@ from benchmarks import (
 from benchmarks.cases import Work
 from benchmarks.harness import Contest, Outcome, Row
 from benchmarks.roofline import Machine
-from benchmarks.timers import first_line
+from benchmarks.timers import first_line, is_lost
 from fastvit.commands.timing import Clock
+from fastvit.testing import ieee_float32
 
 CONTESTS: dict[str, Callable[..., Contest]] = {
     "attention": suite_attention.contest,
@@ -253,23 +254,14 @@ def measure_one(work: Work, machine: Machine, options: Options, repeats: int) ->
         torch._dynamo.reset()
     costly = options.all_peers or (work.suite == "attention forward" and work.tier == 0 and work.case in cases.COSTLY)
     try:
-        outcome = harness.run(CONTESTS[work.kind](work, machine.device, green, costly), machine, repeats)
+        # The gate's yardstick too, and what a contest compiles.
+        with ieee_float32():
+            outcome = harness.run(CONTESTS[work.kind](work, machine.device, green, costly), machine, repeats)
     except Exception as error:
         # An unattended run goes on with the next case, and says why.
         outcome = Outcome(notes=[f"{work.label}: failed: {first_line(error)}"])
     outcome.notes = notes + outcome.notes
     return outcome
-
-
-def is_lost(device: str) -> bool:
-    """Return whether the device's context has met an error that stays."""
-    if device != "cuda":
-        return False
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return True
-    return False
 
 
 def _merge(report: Report, outcome: Outcome) -> None:

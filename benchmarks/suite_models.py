@@ -104,7 +104,8 @@ def gate(
                 raise RuntimeError("nothing in this model was swapped")
             results = _run(swapped, images, shape.training)
             rules[backend] = max(compare(*three).ratio for three in zip(results, exact, own, strict=True))
-        except (RuntimeError, NotImplementedError) as error:
+        except Exception as error:
+            # Triton's own errors are no RuntimeErrors; whatever it is costs this backend alone.
             absent[backend] = first_line(error)
     return rules, absent
 
