@@ -26,6 +26,7 @@ from benchmarks import (
     suite_models,
     suite_overhead,
     suite_patch_embed,
+    timers,
 )
 from benchmarks.cases import AttentionShape, ModelShape, PatchShape, Work
 from benchmarks.formulas import VitShape
@@ -62,6 +63,8 @@ def quick_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         roofline, "measure", lambda *args, **kwargs: dataclasses.replace(MACHINE, threads=torch.get_num_threads())
     )
     monkeypatch.setattr(roofline, "environment", lambda machines: {})
+    # With everything imported that other tests import it takes a second, in each case.
+    monkeypatch.setattr(timers.gc, "collect", lambda: 0)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
