@@ -251,7 +251,7 @@ def measure_one(work: Work, machine: Machine, options: Options, repeats: int) ->
     if "torch._dynamo" in sys.modules:
         # A function that was compiled for eight shapes is given up: each case begins anew.
         torch._dynamo.reset()
-    costly = options.all_peers or (work.suite == "attention forward" and work.tier == 0 and work.case in cases.COSTLY)
+    costly = options.all_peers or cases.is_costly(work, machine.device)
     try:
         # The gate's yardstick too, and what a contest compiles.
         with ieee_float32():

@@ -184,7 +184,17 @@ def test_overhead_contests() -> None:
             same_on_both_sides(contest)
         # A process per sample; the others are made ones of this process.
         assert (contest.repeats > 0) == (index >= 2)
-    program = suite_overhead._first_call("cpu", "cpu")
+    # What the CUDA kernels cannot run has no overhead either.
+    cuda = list(cases.overhead("cuda"))
+    assert len(cuda) == len(cases.OVERHEADS)
+    assert {work.dtype for work in cuda} == {torch.bfloat16}
+    half = dataclasses.replace(cuda[0], details="eager call, backward")
+    contest = suite_overhead.contest(half, "cpu", ("cpu",))
+    assert contest.rules["cpu"] <= 1
+    for way in (*contest.ours, *contest.peers):
+        assert {grad.dtype for grad in tensors(way.build()())} == {half.dtype}
+    program = suite_overhead._first_call("cpu", "cpu", torch.bfloat16)
+    assert "dtype=torch.bfloat16" in program
     compile(program, "program", "exec")
     suite_overhead._process("pass")()
 
