@@ -153,7 +153,8 @@ def _build(model: nn.Module, shape: ModelShape, dtype: torch.dtype, device: str,
     call: Callable[..., Any] = torch.compile(own, dynamic=False) if shape.mode == "compiled" else own
     if not shape.training:
         return torch.inference_mode()(lambda: call(images))
-    optimizer = torch.optim.AdamW(own.parameters(), lr=1e-5, fused=True)
+    # Of a graph the optimizer's number of steps has to be on the device.
+    optimizer = torch.optim.AdamW(own.parameters(), lr=1e-5, fused=True, capturable=shape.mode == "graphed")
     labels = _labels(images)
 
     def step() -> None:

@@ -64,7 +64,7 @@ def quick_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(roofline, "environment", lambda machines: {})
     # With everything imported that other tests import it takes a second, in each case.
-    monkeypatch.setattr(timers.gc, "collect", lambda: 0)
+    monkeypatch.setattr(timers, "gc", SimpleNamespace(collect=lambda: 0))
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

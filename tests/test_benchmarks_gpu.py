@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -22,6 +21,7 @@ from benchmarks.leases import Known
 from benchmarks.roofline import Machine
 from benchmarks.timers import Entry
 from fastvit.testing import AttentionCase, PatchEmbedCase, check_attention, check_patch_embed
+from tests.faked_cuda import fake_cuda
 
 MACHINE = Machine("cpu", "device", "avx2", 2, "driver", {"float32": 100.0}, 10.0)
 
@@ -209,7 +209,7 @@ def rehearsal(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         return gpu.main(command[3:])
 
     monkeypatch.setattr(gpu, "logged", process)
-    monkeypatch.setattr(timers.gc, "collect", lambda: 0)
+    monkeypatch.setattr(timers, "gc", SimpleNamespace(collect=lambda: 0))
     monkeypatch.setattr(
         roofline, "measure", lambda *args, **kwargs: dataclasses.replace(MACHINE, threads=torch.get_num_threads())
     )
@@ -297,48 +297,10 @@ def test_a_process_is_logged_and_one_that_waits_for_ever_is_ended(
     assert time.monotonic() - start < 30
 
 
-class FakeEvent:
-    log: list[str]
-
-    def __init__(self, enable_timing: bool) -> None:
-        self.time = 0.0
-
-    def record(self) -> None:
-        self.time = time.perf_counter()
-
-    def synchronize(self) -> None:
-        pass
-
-    def elapsed_time(self, end: FakeEvent) -> float:
-        return (end.time - self.time) * 1e3
-
-
 def test_on_a_device_each_replay_has_a_cold_cache_and_entries_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
 
-    class Graph:
-        def __init__(self) -> None:
-            self.call: Any = None
-
-        def replay(self) -> None:
-            log.append(f"replay {self.name}")  # type: ignore[attr-defined]
-
-    @contextlib.contextmanager
-    def capture(graph: Graph, stream: object) -> Any:
-        length = len(log)
-        yield
-        graph.name = log[length]  # type: ignore[attr-defined]
-
-    fake = SimpleNamespace(
-        Stream=lambda: SimpleNamespace(wait_stream=lambda other: None), current_stream=lambda: None, CUDAGraph=Graph,
-        graph=capture, Event=FakeEvent, stream=lambda stream: contextlib.nullcontext(), synchronize=lambda: None,
-        reset_peak_memory_stats=lambda: None, max_memory_allocated=lambda: 5 << 20,
-        memory_allocated=lambda: 2 << 20, empty_cache=lambda: None,
-    )  # fmt: skip
-    monkeypatch.setattr(timers.torch, "cuda", fake)
-    monkeypatch.setattr(timers, "DEVICE", "cpu")
-    monkeypatch.setattr(timers, "FLUSH_BYTES", 8)
-    monkeypatch.setattr(timers.torch.Tensor, "zero_", lambda self: log.append("flush"))
+    fake_cuda(monkeypatch, log)
 
     def call(name: str) -> Any:
         return lambda: lambda: log.append(name)

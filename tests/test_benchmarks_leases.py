@@ -28,7 +28,7 @@ FIRST, SECOND = "B1 H2 N17 D16", "B1 H2 N33 D16"
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roofline, "measure", lambda *args, **kwargs: MACHINE)
     # With everything imported that other tests import it takes a second, in each case.
-    monkeypatch.setattr(timers.gc, "collect", lambda: 0)
+    monkeypatch.setattr(timers, "gc", SimpleNamespace(collect=lambda: 0))
     count = iter(range(100))
     monkeypatch.setattr(
         roofline,
@@ -156,12 +156,13 @@ def test_known_faults_are_of_these_kernels_on_this_device(tmp_path: Path, monkey
 # The suites' own process, with tiny cases, one of which never ends.
 SUITES = f"""
 import sys, time
-from benchmarks import gpu, roofline, runner
+from benchmarks import gpu, peers, roofline, runner
 from benchmarks.roofline import Machine
 runner.cases.TELLING = {{"cpu": ((1, 2, 17, 16, False), (1, 2, 33, 16, False))}}
 runner.cases.QUICK = {{"cpu": ("{FIRST}", "{SECOND}")}}
 roofline.measure = lambda *args, **options: Machine("cpu", "device", "avx2", 1, "driver", {{"float32": 100.0}}, 10.0)
 roofline.environment = lambda machines: {{}}
+peers.PEERS = {{"cpu": peers.PEERS["cpu"][:1]}}
 contest = runner.CONTESTS["attention"]
 runner.CONTESTS["attention"] = lambda work, *args: (
     time.sleep(600) if work.label.startswith("attention forward {FIRST}") else contest(work, *args)
