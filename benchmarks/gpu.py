@@ -2,9 +2,9 @@
 
 Builds for that architecture alone; applies the tolerance rule on the device (a red case stops the speed of that kernel
 and no other); runs small cases under compute-sanitizer where there is one; then the suites, the most telling cases
-first, until the budget is spent. Rows, environment and log are left in ``--out``, and a later run goes on where this
-one ended. A suite runs in a process of its own: a kernel that faults or waits for ever costs its case. Without a GPU it
-says so in one line and exits 3; exit status 1 is a red case.
+first, and ends when the budget is spent. Rows, environment and log are left in ``--out``, and a later run goes on where
+this one ended (leases.py). The suites run in a process of their own, which is watched: a kernel that faults or waits for
+ever costs its case, now and in later runs. Without a GPU it says so in one line and exits 3; exit status 1 is a red case.
 """
 
 from __future__ import annotations
@@ -91,11 +91,11 @@ def sanitize(seconds: float, log: Path, known: Known) -> dict[str, str]:
     if program is None:
         return {"compute-sanitizer": "was not found on PATH"}
     said: dict[str, str] = {}
-    end, tools = time.monotonic() + seconds, ("memcheck", "racecheck")
+    end = time.monotonic() + seconds
     digest = hashlib.sha256(SANITIZED.encode())
     for path in sorted((harness.ROOT / "benchmarks").glob("*cases.py")):
         digest.update(path.read_bytes())
-    for index, tool in enumerate(tools):
+    for tool in ("memcheck", "racecheck"):
         name = f"compute-sanitizer {tool} {digest.hexdigest()[:12]}"
         if name in known.checks:
             said[tool] = known.checks[name]
@@ -103,7 +103,8 @@ def sanitize(seconds: float, log: Path, known: Known) -> dict[str, str]:
         # PyTorch's own kernels are left out: their findings are not ours.
         options = ["--tool", tool, "--error-exitcode", str(FOUND), "--kernel-name", "kernel_substring=fastvit"]
         command = [program, *options, sys.executable, "-c", SANITIZED]
-        share = max(end - time.monotonic(), 0.0) / (len(tools) - index)
+        # The first that is not finished has all the time: two halves might never be enough for either.
+        share = max(end - time.monotonic(), 0.0)
         # A byte past a tensor is a byte of another one in the caching allocator's block.
         status, output = processes.captured(command, share, log, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
         if status == TOO_LONG:
@@ -134,6 +135,7 @@ def suites(options: argparse.Namespace, red: set[tuple[str, str, str]], facts: d
     known = Known.load(options.out, options.device)
     if options.again:
         known.faults = {}
+        known.save()
     content: dict[str, Any] = {"red": sorted(red), "skip": known.faults, "facts": facts, "running": ""}
 
     def stuck() -> bool:
@@ -218,7 +220,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--again", action="store_true", help="measure fresh rows anew")
     parser.add_argument("--no-build", action="store_true", help="measure the kernels that are there")
     parser.add_argument("--no-correctness", action="store_true", help="only the gate of each case")
-    parser.add_argument("--all-peers", action="store_true", help="FlexAttention in every case: it compiles for each")
+    parser.add_argument("--all-peers", action="store_true", help="FlexAttention in every case that is timed")
     parser.add_argument("--repeats", type=int, default=0, help="samples per case")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal of all this")
     parser.add_argument("--suites", type=Path, help=argparse.SUPPRESS)

@@ -277,7 +277,7 @@ def save(report: Report) -> None:
         return
     if report.rows:
         harness.write(report.rows, report.path)
-    if "commit" not in report.environment:
+    if report.new and "commit" not in report.environment:
         # Once per run: it asks the system a dozen questions.
         report.environment |= leases.environment(report.machines, before.environments)
     # A run that measured nothing says nothing about the rows.

@@ -83,7 +83,7 @@ def test_only_a_finding_of_the_sanitizer_is_a_finding(
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    found = gpu.sanitize(0.6 if "sleep" in script else 60.0, tmp_path / "log", Known(tmp_path / "known.json", {}))
+    found = gpu.sanitize(0.4 if "sleep" in script else 60.0, tmp_path / "log", Known(tmp_path / "known.json", {}))
     assert set(found) == {"memcheck", "racecheck"}
     assert all(text.startswith(said) for text in found.values()), found
 
@@ -282,6 +282,12 @@ def test_the_suites_go_on_behind_a_case_that_lost_the_device(
     assert [note for note in notes if "its process was lost" in note and note.startswith(lost[0])]
     assert gpu.main([*command, "--again"]) == 0
     assert set(running) > set(lost)
+    assert gpu.main(command) == 0
+    seen: list[runner.Options] = []
+    monkeypatch.setattr(runner, "run", lambda options, facts: seen.append(options) or runner.Report())
+    gpu.main([*command, "--all-peers"])
+    gpu.main(command)
+    assert [options.all_peers for options in seen] == [True, False]
 
 
 def test_a_process_is_logged_and_one_that_waits_for_ever_is_ended(
