@@ -2,9 +2,10 @@
 
 Builds for that architecture alone; applies the tolerance rule on the device (a red case stops the speed of that kernel
 and no other); runs small cases under compute-sanitizer where there is one; then the suites, the most telling cases
-first, and ends when the budget is spent. Rows, environment and log are left in ``--out``, and a later run goes on where
-this one ended (leases.py). The suites run in a process of their own, which is watched: a kernel that faults or waits for
-ever costs its case, now and in later runs. Without a GPU it says so in one line and exits 3; exit status 1 is a red case.
+first, and ends when the budget is spent. Rows, environment and log are left in ``--out``, and a later run goes on
+where this one ended (leases.py). The suites run in a process of their own, which is watched: a kernel that faults or
+waits for ever costs its case, now and in later runs. Without a GPU it says so in one line and exits 3; exit status 1 is
+a red case.
 """
 
 from __future__ import annotations

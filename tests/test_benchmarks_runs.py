@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from benchmarks import cases, harness, peers, roofline, runner, suite_models, timers
+from benchmarks import cases, harness, peers, roofline, runner, suite_models, suite_overhead, timers
 from benchmarks.cases import ModelShape, Work
 from benchmarks.formulas import VitShape
 from benchmarks.roofline import Machine
@@ -44,6 +44,19 @@ def test_a_gpu_is_given_the_whole_product_of_attention() -> None:
         ("packed", "separate"), (torch.float16, torch.bfloat16, torch.float32),
     )  # fmt: skip
     assert set(wanted) - listed == set()
+
+
+def test_the_cuda_kernels_have_overhead_rows_too() -> None:
+    cuda = list(cases.overhead("cuda"))
+    assert [work.details for work in cuda] == list(cases.OVERHEADS)
+    # They take 16 bits only.
+    assert {work.dtype for work in cuda} == {torch.bfloat16}
+    backward = next(work for work in cuda if work.details == "eager call, backward")
+    contest = suite_overhead.contest(backward, "cpu", ("cpu",))
+    assert contest.rules["cpu"] <= 1
+    for entry in (*contest.ours, *contest.peers):
+        gradients: Any = entry.build()()
+        assert [gradient.dtype for gradient in gradients] == [torch.bfloat16] * 3
 
 
 def test_flex_attention_is_timed_with_bias_and_backward_and_everywhere_when_asked(
