@@ -56,8 +56,9 @@ def earlier(paths: list[Path], own: Path, machine: Machine) -> Earlier:
                 fresh.setdefault((row.work, row.backend), []).append(row)
         rows |= fresh
     found = Earlier([row for group in rows.values() for row in group])
-    side = paths[-1].with_suffix(".json") if paths else own.with_suffix(".json")
-    if side.exists():
+    # A run that timed nothing has left its reasons alone.
+    side = next((path.with_suffix(".json") for path in (own, *paths[-1:]) if path.with_suffix(".json").exists()), None)
+    if side is not None:
         content = json.loads(side.read_text())
         found.facts = content.get("facts", {})
         environments = found.facts.pop("environment", [])

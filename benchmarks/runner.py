@@ -102,8 +102,8 @@ def run(options: Options, console: Console | None = None, facts: dict[str, Any] 
     begin, clock = time.monotonic(), Clock()
     report = Report(facts=facts or {})
     works = cases.select(options.device, options.suites, options.words, options.last_tier, options.quick)
-    report.notes = [f"{work.label}: {options.skip[work.label]}" for work in works if work.label in options.skip]
-    report.ran = set(options.skip)
+    report.ran = {work.label for work in works} & set(options.skip)
+    report.notes = [f"{label}: {options.skip[label]}" for label in sorted(report.ran)]
     works = [work for work in works if work.label not in options.skip]
     if not works:
         report.ended = "no case has this name"

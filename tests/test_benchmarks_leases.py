@@ -68,6 +68,7 @@ def test_what_was_not_timed_is_kept_until_its_case_runs_again(tmp_path: Path, mo
     assert not first.path.exists()
     assert any("MemoryError: too large" in note for note in side(first)["not timed"])
     monkeypatch.setitem(runner.CONTESTS, "attention", contest)
+    harness.write([], first.path.with_name(first.path.name.replace(first.path.stem[-10:], "2020-01-01")))
     second = run(tmp_path, SECOND)
     assert any(FIRST in note and "MemoryError" in note for note in side(second)["not timed"])
     third = run(tmp_path, FIRST)
