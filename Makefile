@@ -17,9 +17,10 @@ test: $(VENV)/.built $(VENV)/.emulator
 check: $(VENV)/.built
 	$(BIN)/fastvit check $(ARGS)
 
-# The CPU's tables, and its rows in benchmarks/results; then `make report` draws README's table and the figures.
+# The CPU's tables, and its rows in benchmarks/results; README's table and the figures are drawn from them.
 bench bench-cpu: $(VENV)/.built
 	$(BIN)/python -m benchmarks cpu $(ARGS)
+	$(BIN)/python -m benchmarks report
 
 report: $(VENV)/.built
 	$(BIN)/python -m benchmarks report $(ARGS)
@@ -36,6 +37,8 @@ format: $(VENV)/.built
 	$(BIN)/clang-format -i $(CPP) $(wildcard tests/*.h tests/*.cpp)
 
 # With what is there: a machine with a GPU may have no network, and its own torch. BUDGET=seconds OUT=folder.
+# Without a GPU it says so in one line and exits 3. Make has no status of its own but 2: it adds a line with "Error 3" and
+# exits 2. Where the status counts: `python -m benchmarks gpu`, which is all that this does.
 gpu: GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 gpu:
 	@BUDGET=$(BUDGET) OUT=$(OUT) $(GPU_PYTHON) -m benchmarks gpu $(ARGS)

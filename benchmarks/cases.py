@@ -242,7 +242,9 @@ def models(device: str) -> Iterator[Work]:
                 if device == "cpu" and vit.image > 224:
                     tier = 3
                 yield Work(f"model inference, {mode}", f"{name} B{batch}", dtype, min(tier, 3), "models", shape)
-        for mode in ("eager", "compiled"):
+        for mode in ("eager", "compiled", "graphed"):
+            if mode == "graphed" and device == "cpu":
+                continue
             batch = 64 if device == "cuda" else 4
             shape = ModelShape(name, vit, batch, mode, training=True)
             tier = (1 if number == 0 and mode == "eager" else 2) + (mode != "eager" and device == "cpu")
@@ -255,19 +257,29 @@ OVERHEADS = ("eager call", "eager call, backward", "import", "first call")
 def overhead(device: str) -> Iterator[Work]:
     """Yield what is paid before any arithmetic: a tiny eager call, the import, the first call of a process."""
     for index, what in enumerate(OVERHEADS):
-        yield Work(f"overhead {what}", "B1 H1 N16 D64", torch.float32, int(index > 0), "overhead", what)
+        # In a dtype that every backend of the device takes: the CUDA kernels have no float32.
+        yield Work(f"overhead {what}", "B1 H1 N16 D64", DTYPES[device][0], int(index > 0), "overhead", what)
 
 
 SUITES = {"attention": attention, "patch_embed": patch_embed, "models": models, "overhead": overhead}
 # How many cases of a suite come in a turn of it.
 TURNS = {"attention": 3}
 # Where a peer is timed that compiles for each shape: seconds for each on a GPU.
-COSTLY = ("B256 H12 N197 D64", "B4 H16 N577 D64", "B16 H16 N1025 D64")
+COSTLY = (
+    "attention forward B256 H12 N197 D64", "attention forward B4 H16 N577 D64", "attention forward B16 H16 N1025 D64",
+    "attention forward, bias B2048 H12 N49 D32", "attention backward B256 H12 N197 D64",
+    "attention backward B16 H16 N1025 D64",
+)  # fmt: skip
 # Two cases of each op, for a look and for CI.
 QUICK = {
     "cpu": ("B1 H12 N197 D64", "B64 H3 N49 D32", "B1 224² P16 D768"),
     "cuda": ("B256 H12 N197 D64", "B2048 H12 N49 D32", "B256 224² P16 D768", "vit_base_patch16_224 B256"),
 }
+
+
+def is_costly(work: Work, device: str) -> bool:
+    """Return whether peers that compile for each shape are timed in a case without being asked for."""
+    return work.layout == "packed" and work.dtype == DTYPES[device][0] and f"{work.suite} {work.case}" in COSTLY
 
 
 def fits(work: Work, device: str) -> bool:

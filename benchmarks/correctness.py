@@ -8,8 +8,8 @@ run on the same device, with the same sources and versions, does not repeat it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import device_cases, harness
+from benchmarks import device_cases, harness, processes, timers
 from benchmarks.timers import first_line
 from fastvit.testing import (
     AttentionCase,
@@ -70,7 +70,7 @@ def stamp(backend: str, device: str) -> dict[str, str]:
 
 
 def finished(path: Path, backend: str, device: str) -> dict[str, dict[str, Any]]:
-    """Return, by name, the cases of ``path`` that count for this backend as it is; one that only began is a death."""
+    """Return, by name, the cases of ``path`` that count for this backend as it is."""
     found: dict[str, dict[str, Any]] = {}
     if not path.exists():
         return found
@@ -81,7 +81,7 @@ def finished(path: Path, backend: str, device: str) -> dict[str, dict[str, Any]]
         except ValueError:
             # The last line of a process that was ended while it wrote.
             continue
-        if all(entry.get(key) == value for key, value in expected.items()):
+        if all(entry.get(key) == value for key, value in expected.items()) and entry["state"] != "began":
             found[entry["case"]] = entry
     return found
 
@@ -102,11 +102,12 @@ def work_off(backend: str, device: str, path: Path, seconds: float) -> None:
                 results = check(backend, device)
                 if device == "cuda":
                     torch.cuda.synchronize()
-            except (RuntimeError, NotImplementedError) as error:
+            except Exception as error:
+                # Triton's errors (OutOfResources, CompilationError) are no RuntimeErrors.
                 cannot = CANNOT in str(error)
                 _append(file, entry | {"state": "cannot" if cannot else "failed", "error": first_line(error)})
-                if not cannot and device == "cuda":
-                    # The context may be lost with it: the next process goes on.
+                if not cannot and timers.is_lost(device):
+                    # The next process goes on.
                     raise SystemExit(4) from error
             else:
                 _append(file, entry | {"state": "ran", "ratios": {result.name: result.ratio for result in results}})
@@ -117,8 +118,10 @@ def _append(file: Any, entry: dict[str, Any]) -> None:
     file.flush()
 
 
-def run(backend: str, device: str, path: Path, seconds: float) -> tuple[set[tuple[str, str, str]], dict[str, Any]]:
-    """Work off the cases of a backend in processes, for at most ``seconds``.
+def run(
+    backend: str, device: str, path: Path, seconds: float, log: Path
+) -> tuple[set[tuple[str, str, str]], dict[str, Any]]:
+    """Work off the cases of a backend in processes, for at most ``seconds``; a case that takes CASE_SECONDS hangs.
 
     Returns:
         The red kernels, as (backend, "attention forward", "bfloat16"), and the figures for the JSON.
@@ -127,14 +130,27 @@ def run(backend: str, device: str, path: Path, seconds: float) -> tuple[set[tupl
     while (left := end - time.monotonic()) > 0:
         before = len(finished(path, backend, device))
         command = [sys.executable, "-m", "benchmarks.correctness", backend, device, str(path), str(left)]
-        try:
-            status = subprocess.run(command, cwd=harness.ROOT, check=False, timeout=left + CASE_SECONDS).returncode
-        except subprocess.TimeoutExpired:
-            status = -1
+        # A case is a line when it begins and when it ends.
+        path.touch()
+        status = processes.logged(command, left, log, stuck=lambda: processes.age(path) > CASE_SECONDS)
+        # A case in which the time was up, or the machine went, only began: it says nothing, and comes again.
+        if status not in (0, processes.TOO_LONG):
+            _bury(path)
         # A process that died has at least left the line of the case that it died in; without one it cannot begin.
-        if status == 0 or len(finished(path, backend, device)) == before:
+        if status in (0, processes.TOO_LONG) or len(finished(path, backend, device)) == before:
             break
     return judge(finished(path, backend, device), backend)
+
+
+def _bury(path: Path) -> None:
+    """Write down that the case that was running has ended its process."""
+    entries = []
+    for text in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            entries.append(json.loads(text))
+    if entries and entries[-1]["state"] == "began":
+        with open(path, "a") as file:
+            _append(file, entries[-1] | {"state": "died"})
 
 
 def judge(entries: dict[str, dict[str, Any]], backend: str) -> tuple[set[tuple[str, str, str]], dict[str, Any]]:

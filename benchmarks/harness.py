@@ -6,10 +6,12 @@ turn, so that whatever else the machine does hits both, and a row carries p20, p
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import hashlib
 import importlib
+import os
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -209,6 +211,12 @@ def best(rows: Iterable[Row]) -> list[Row]:
     return list(found.values())
 
 
+def device_slug(device: str, name: str) -> str:
+    """Return the device's part of a file name, "cpu-amd-epyc" or "gpu-nvidia-h200"."""
+    words = name.lower().replace("(r)", "").replace("(tm)", "").replace("/", " ").split()
+    return "-".join(["cpu" if device == "cpu" else "gpu", *words[:4]])
+
+
 def capability() -> str:
     """Return the instruction set of the CPU kernels in this process."""
     error = native.load_error()
@@ -220,14 +228,19 @@ def capability() -> str:
 
 @functools.cache
 def commit() -> str:
-    """Return the commit that was measured, with a + when the tree differed from it."""
-    try:
-        name = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return name.stdout.strip()
+    """Return the commit that was measured, with a + when the tree differed from it.
+
+    A copy of the tree without .git is told it: by the variable FASTVIT_COMMIT, or by a file COMMIT in its root.
+    """
+    if told := os.environ.get("FASTVIT_COMMIT", "").strip():
+        return told
+    # Only of this tree: it may have been copied into somebody else's repository.
+    if (ROOT / ".git").exists():
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            command = ["git", "describe", "--always", "--dirty=+"]
+            return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    written = ROOT / "COMMIT"
+    return (written.read_text().strip() if written.exists() else "") or "unknown"
 
 
 @functools.cache

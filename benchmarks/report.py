@@ -12,6 +12,7 @@ import os
 import re
 import statistics
 from pathlib import Path
+from typing import Any
 
 from benchmarks import figures, harness
 from benchmarks.harness import Row
@@ -71,7 +72,9 @@ def table(path: Path) -> str:
         rivals = {row.peer for row in group}
         peer = "PyTorch's best" if len(rivals) > 1 or suite.startswith("patch_embed") else rivals.pop()
         cells = [_cell([row.ratio for row in group if row.threads == count]) for count in threads]
-        share = [f"{100 * statistics.median(row.share for row in group):.0f} %"] if shares else []
+        # What is paid before any arithmetic is under no roof.
+        reached = f"{100 * statistics.median(row.share for row in group):.0f} %" if any(r.bound for r in group) else "–"
+        share = [reached] if shares else []
         cells = [suite, dtype, *([backend] * several), peer, *cells, *share]
         lines.append(f"| {' | '.join(cells)} |")
     link = (
@@ -99,6 +102,8 @@ def content() -> str:
         mark = MARK if is_stale(harness.read(path)) else ""
         parts.append(mark + table(path))
         parts += _images(path, README_FIGURES, "benchmarks/results/")
+    if not any(path.name.startswith("gpu-") for path in evidence()):
+        parts.append("Speed on a GPU: **not measured yet.** `make gpu` measures it.")
     return "\n\n".join(parts)
 
 
@@ -124,8 +129,8 @@ def full(paths: list[Path]) -> str:
             parts.append("These rows are from before the roofs were measured with them: no roofline.")
         parts += ["### Every case against each peer", _cases(rows)]
         side = path.with_suffix(".json")
-        if side.exists():
-            parts += _not_timed(json.loads(side.read_text()))
+        content = json.loads(side.read_text()) if side.exists() else {}
+        parts += [*_costs(rows, content.get("facts", {})), *_not_timed(content)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -152,6 +157,30 @@ def _cases(rows: list[Row]) -> str:
 
 def _number(value: float) -> str:
     return f"{value:.4g}" if value else "–"
+
+
+def _costs(rows: list[Row], facts: dict[str, Any]) -> list[str]:
+    """Return what is paid before any arithmetic: calls, imports, first calls, the build, the wheel."""
+    lines = [
+        f"- {row.suite.removeprefix('overhead ')}, {row.dtype}, {row.backend}"
+        + f", threads: {row.threads}" * bool(row.threads)
+        + f": {row.ours_p50:.4g} ms; {row.peer}: {row.peer_p50:.4g} ms"
+        for row in harness.best(rows)
+        if row.suite.startswith("overhead")
+    ]
+    wheel, build = facts.get("wheel", {}), facts.get("build", {})
+    if "wheel_mib" in wheel:
+        lines.append(
+            f"- wheel ({wheel['architectures']} architectures): {wheel['wheel_mib']} MiB, built in "
+            f"{wheel['build_seconds']:.0f} s"
+        )
+    else:
+        lines.append(f"- wheel: {wheel.get('why not', 'not built in these runs; `--build` does')}")
+    if build:
+        failed = f"; failed: {build['error'].strip().splitlines()[-1]}" if build.get("error", "").strip() else ""
+        size = f"{build['seconds']:.0f} s, {build['native_mib']} MiB"
+        lines.append(f"- build for {build['architecture']} alone: {size}{failed}")
+    return ["### Costs", "\n".join(lines)]
 
 
 def _not_timed(side: dict[str, object]) -> list[str]:

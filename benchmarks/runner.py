@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks import (
     cases,
     harness,
+    leases,
     peers,
     roofline,
     suite_attention,
@@ -28,9 +29,11 @@ from benchmarks import (
 )
 from benchmarks.cases import Work
 from benchmarks.harness import Contest, Outcome, Row
+from benchmarks.leases import Earlier
 from benchmarks.roofline import Machine
-from benchmarks.timers import first_line
+from benchmarks.timers import first_line, is_lost
 from fastvit.commands.timing import Clock
+from fastvit.testing import ieee_float32
 
 CONTESTS: dict[str, Callable[..., Contest]] = {
     "attention": suite_attention.contest,
@@ -53,7 +56,8 @@ class Options:
     """What to run, on what, for how long, and where to.
 
     ``red`` has the kernels that missed the rule on this device, as (backend, work, dtype): see :func:`is_red`. ``skip``
-    has the labels of cases that are not to be run, and ``note`` is told the label of each case when it begins.
+    says of the labels of cases that are not to be run why not, and ``note`` is told the label of each case when it
+    begins.
     """
 
     device: str = "cpu"
@@ -69,13 +73,16 @@ class Options:
     all_peers: bool = False
     backends: Sequence[str] = ()
     red: set[tuple[str, str, str]] = field(default_factory=set)
-    skip: set[str] = field(default_factory=set)
+    skip: dict[str, str] = field(default_factory=dict)
     note: Callable[[str], None] = lambda label: None
 
 
 @dataclass
 class Report:
-    """What a run left: all rows of its file, how many of them are new, one line per thing that was not timed."""
+    """What a run left: all rows of its file, how many of them are new, one line per thing that was not timed.
+
+    ``ran`` has the labels of the cases that it began, ``environment`` is this run's own.
+    """
 
     rows: list[Row] = field(default_factory=list)
     new: int = 0
@@ -84,6 +91,9 @@ class Report:
     path: Path | None = None
     ended: str = "finished"
     facts: dict[str, Any] = field(default_factory=dict)
+    ran: set[str] = field(default_factory=set)
+    environment: dict[str, Any] = field(default_factory=dict)
+    earlier: Earlier = field(default_factory=Earlier)
 
 
 def run(options: Options, console: Console | None = None, facts: dict[str, Any] | None = None) -> Report:
@@ -91,11 +101,10 @@ def run(options: Options, console: Console | None = None, facts: dict[str, Any] 
     console = console or Console()
     begin, clock = time.monotonic(), Clock()
     report = Report(facts=facts or {})
-    works = [
-        work
-        for work in cases.select(options.device, options.suites, options.words, options.last_tier, options.quick)
-        if work.label not in options.skip
-    ]
+    works = cases.select(options.device, options.suites, options.words, options.last_tier, options.quick)
+    report.ran = {work.label for work in works} & set(options.skip)
+    report.notes = [f"{label}: {options.skip[label]}" for label in sorted(report.ran)]
+    works = [work for work in works if work.label not in options.skip]
     if not works:
         report.ended = "no case has this name"
         return report
@@ -120,7 +129,8 @@ def run(options: Options, console: Console | None = None, facts: dict[str, Any] 
     finally:
         torch.set_num_threads(before)
         # A reader must know whether the machine was idle; a CPU's rows are worth nothing if it was not.
-        report.facts["processors busy elsewhere"] = busy = round(clock.processors_busy_elsewhere(), 2)
+        busy = round(clock.processors_busy_elsewhere(), 2)
+        report.environment["processors busy elsewhere"] = busy
         save(report)
     if busy > BUSY:
         console.print(f"other processes kept {busy} processors busy: these times are not to be trusted")
@@ -141,29 +151,18 @@ def _machines(options: Options, threads: Sequence[int], console: Console) -> Ite
         yield machine
 
 
-def device_slug(device: str, name: str) -> str:
-    """Return the device's part of a file name, "cpu-amd-epyc" or "gpu-nvidia-h200"."""
-    words = name.lower().replace("(r)", "").replace("(tm)", "").replace("/", " ").split()
-    return "-".join(["cpu" if device == "cpu" else "gpu", *words[:4]])
-
-
 def _open(report: Report, options: Options, machine: Machine) -> None:
-    """Take over the rows of this device's newest file that are fresh, into the file of today."""
+    """Take over the rows of this device's files that are fresh, into the file of today."""
     if options.out is None or report.path is not None:
         return
-    slug = device_slug(machine.device, machine.name)
+    slug = harness.device_slug(machine.device, machine.name)
     if options.out.suffix == ".csv":
-        report.path, earlier = options.out, [options.out] if options.out.exists() else []
+        report.path, paths = options.out, [options.out] if options.out.exists() else []
     else:
-        report.path = options.out / f"{slug}-{date.today()}.csv"
-        earlier = sorted(options.out.glob(f"{slug}-????-??-??.csv"), key=lambda path: path.stem[-10:])
-    for path in earlier[-1:]:
-        rows = harness.read(path)
-        # A file of today keeps its other rows too: another number of threads, another version. They are not re-timed.
-        report.rows = rows if path == report.path else [row for row in rows if harness.is_fresh(row, machine)]
-        side = path.with_suffix(".json")
-        if side.exists():
-            report.facts = {**json.loads(side.read_text()).get("facts", {}), **report.facts}
+        report.path, paths = options.out / f"{slug}-{date.today()}.csv", leases.files(options.out, slug)
+    report.earlier = leases.earlier(paths, report.path, machine)
+    report.rows = report.earlier.rows
+    report.facts = report.earlier.facts | report.facts
 
 
 def _is_done(work: Work, machine: Machine, report: Report, options: Options) -> bool:
@@ -224,6 +223,7 @@ def _measure(
             if options.device == "cpu":
                 torch.set_num_threads(machine.threads)
             options.note(work.label)
+            report.ran.add(work.label)
             outcome = measure_one(work, machine, options, repeats)
             if is_lost(machine.device):
                 # Whatever was timed before the fault is not to be believed either.
@@ -251,25 +251,16 @@ def measure_one(work: Work, machine: Machine, options: Options, repeats: int) ->
     if "torch._dynamo" in sys.modules:
         # A function that was compiled for eight shapes is given up: each case begins anew.
         torch._dynamo.reset()
-    costly = options.all_peers or (work.suite == "attention forward" and work.tier == 0 and work.case in cases.COSTLY)
+    costly = options.all_peers or cases.is_costly(work, machine.device)
     try:
-        outcome = harness.run(CONTESTS[work.kind](work, machine.device, green, costly), machine, repeats)
+        # The gate's yardstick too, and what a contest compiles.
+        with ieee_float32():
+            outcome = harness.run(CONTESTS[work.kind](work, machine.device, green, costly), machine, repeats)
     except Exception as error:
         # An unattended run goes on with the next case, and says why.
         outcome = Outcome(notes=[f"{work.label}: failed: {first_line(error)}"])
     outcome.notes = notes + outcome.notes
     return outcome
-
-
-def is_lost(device: str) -> bool:
-    """Return whether the device's context has met an error that stays."""
-    if device != "cuda":
-        return False
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return True
-    return False
 
 
 def _merge(report: Report, outcome: Outcome) -> None:
@@ -281,17 +272,20 @@ def _merge(report: Report, outcome: Outcome) -> None:
 
 def save(report: Report) -> None:
     """Write the rows, and beside them one JSON with the environment and with what was not timed, and why."""
-    if report.path is None or not report.rows or not report.machines:
+    before = report.earlier
+    if report.path is None or not report.machines or not (report.rows or report.notes):
         return
-    harness.write(report.rows, report.path)
-    device = report.machines[0].device
-    if "environment" not in report.facts or report.facts.get("commit") != harness.commit():
+    if report.rows:
+        harness.write(report.rows, report.path)
+    if report.new and "commit" not in report.environment:
         # Once per run: it asks the system a dozen questions.
-        report.facts |= {"commit": harness.commit(), "environment": roofline.environment(report.machines)}
+        report.environment |= leases.environment(report.machines, before.environments)
+    # A run that measured nothing says nothing about the rows.
+    environments = [*before.environments, *([report.environment] if report.new else [])]
     content = {
-        "facts": report.facts,
-        "peers": peers.availability(device),
-        "not timed": sorted(set(report.notes)),
+        "facts": report.facts | {"environment": environments},
+        "peers": peers.availability(report.machines[0].device),
+        "not timed": leases.merged(before.notes, report.ran, report.notes),
         "ended": report.ended,
     }
     report.path.with_suffix(".json").write_text(json.dumps(content, indent=1, sort_keys=True, default=str) + "\n")

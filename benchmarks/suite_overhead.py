@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +33,17 @@ def contest(work: Work, device: str, backends: Sequence[str], costly: bool = Fal
     what, version = work.details, f"torch {torch.__version__}"
     if what.startswith("eager call"):
         backward = "backward" in what
-        ours = tuple(Entry(name, lambda name=name: _call(name, device, backward), graph=False) for name in rules)  # type: ignore[misc]
-        peers = (Entry("SDPA", lambda: _call("", device, backward), version, graph=False),)
+        call = partial(_call, device=device, dtype=work.dtype, backward=backward)
+        ours = tuple(Entry(name, partial(call, name), graph=False) for name in rules)
+        peers = (Entry("SDPA", partial(call, ""), version, graph=False),)
     elif what == "import":
         rules = dict(list(rules.items())[:1])
         ours = tuple(Entry(name, lambda: _process("import fastvit"), graph=False) for name in rules)
         peers = (Entry("import torch", lambda: _process("import torch"), version, graph=False),)
     else:
-        ours = tuple(Entry(name, lambda name=name: _process(_first_call(name, device)), graph=False) for name in rules)  # type: ignore[misc]
-        peers = (Entry("SDPA", lambda: _process(_first_call("", device)), version, graph=False),)
+        first = partial(_first_call, device=device, dtype=work.dtype)
+        ours = tuple(Entry(name, lambda name=name: _process(first(name)), graph=False) for name in rules)  # type: ignore[misc]
+        peers = (Entry("SDPA", lambda: _process(first("")), version, graph=False),)
     host = not what.startswith("eager call")
     return Contest(
         work.suite, work.case, work.dtype, ours, peers, rules, absent=absent,
@@ -48,13 +51,13 @@ def contest(work: Work, device: str, backends: Sequence[str], costly: bool = Fal
     )  # fmt: skip
 
 
-def _call(backend: str, device: str, backward: bool) -> Call:
+def _call(backend: str, device: str, dtype: torch.dtype, backward: bool) -> Call:
     generator = torch.Generator(device).manual_seed(0)
     sizes = (TINY.batch, TINY.heads, TINY.seqlen, TINY.head_dim)
     query, key, value = (
-        torch.randn(*sizes, generator=generator, device=device).requires_grad_(backward) for _ in range(3)
+        torch.randn(*sizes, generator=generator, device=device).to(dtype).requires_grad_(backward) for _ in range(3)
     )
-    grad = torch.ones(sizes, device=device)
+    grad = torch.ones(sizes, device=device, dtype=dtype)
 
     def forward() -> torch.Tensor:
         if backend:
@@ -66,13 +69,13 @@ def _call(backend: str, device: str, backward: bool) -> Call:
     return lambda: torch.autograd.grad(forward(), (query, key, value), grad)
 
 
-def _first_call(backend: str, device: str) -> str:
+def _first_call(backend: str, device: str, dtype: torch.dtype) -> str:
     function = (
         f"fastvit.attention(x, x, x, backend={backend!r})" if backend else "F.scaled_dot_product_attention(x, x, x)"
     )
     imports = "import torch, torch.nn.functional as F\n" + ("import fastvit\n" if backend else "")
     wait = "torch.cuda.synchronize()\n" if device == "cuda" else ""
-    return f"{imports}x = torch.randn(1, 1, 16, 64, device={device!r})\n{function}\n{wait}"
+    return f"{imports}x = torch.randn(1, 1, 16, 64, device={device!r}, dtype={dtype})\n{function}\n{wait}"
 
 
 def _process(program: str) -> Call:

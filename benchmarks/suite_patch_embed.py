@@ -74,7 +74,8 @@ def gate(
         try:
             results = check_patch_embed(case, backend, device, backward="backward" in shape.mode)
             rules[backend] = max(result.ratio for result in results)
-        except (RuntimeError, NotImplementedError) as error:
+        except Exception as error:
+            # Triton's own errors are no RuntimeErrors; whatever it is costs this backend alone.
             absent[backend] = first_line(error)
     return rules, absent
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fastvit.testing import ieee_float32
+
 Call = Callable[[], object]
 DEVICE = "cuda"
 FLUSH_BYTES = 256 << 20
@@ -79,6 +81,17 @@ def difference(reference: object, result: object) -> float:
     return worst
 
 
+def is_lost(device: str) -> bool:
+    """Return whether the device's context has met an error that stays."""
+    if device != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
 class DiffersError(RuntimeError):
     """A way does not do what the first one does."""
 
@@ -89,8 +102,9 @@ def _check_same(entry: Entry, reference: object, result: object) -> None:
         raise DiffersError(f"its result differs from the first one's by {error:.2g} of its norm, so it is not timed")
 
 
+@ieee_float32()
 def measure(entries: Sequence[Entry], repeats: int, device: str) -> tuple[dict[str, Times], dict[str, str]]:
-    """Return the times of each entry by name, and why an entry has none."""
+    """Return the times of each entry by name, and why an entry has none; float32 is float32 for all of them."""
     return (_on_device if device == "cuda" else _on_host)(entries, repeats)
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -17,37 +17,52 @@ import pytest
 import torch
 
 from benchmarks import cases, correctness, gpu, harness, roofline, runner, timers
+from benchmarks.leases import Known
 from benchmarks.roofline import Machine
 from benchmarks.timers import Entry
 from fastvit.testing import AttentionCase, PatchEmbedCase, check_attention, check_patch_embed
+from tests.faked_cuda import fake_cuda
 
 MACHINE = Machine("cpu", "device", "avx2", 2, "driver", {"float32": 100.0}, 10.0)
 
 
 def test_without_a_gpu_it_says_so_in_one_line(tmp_path: Path) -> None:
-    # The whole way that make takes; the environment's empty values are make's when it was given none.
     result = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "gpu"], cwd=harness.ROOT, capture_output=True, text=True, check=False,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "BUDGET": "", "OUT": ""},
+        ["make", "gpu", f"PYTHON={sys.executable}", f"VENV={tmp_path}", f"OUT={tmp_path / 'out'}"],
+        cwd=harness.ROOT, capture_output=True, text=True, check=False,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "MAKEFLAGS": "", "LC_ALL": "C"},
     )  # fmt: skip
-    assert result.returncode == 3
     assert result.stdout == "make gpu: torch finds no CUDA device on this machine; nothing was run\n"
-    assert result.stderr == ""
+    # GNU make cannot exit 3: it says that the command did, and exits 2.
+    assert re.fullmatch(r"make: \*\*\* \[.*gpu\] Error 3\n", result.stderr)
+    assert result.returncode == 2
+    assert not (tmp_path / "out").exists()
 
 
-def test_the_build_is_for_this_architecture_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_build_is_for_this_architecture_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [gpu.architecture(pair) for pair in ((8, 0), (8, 9), (9, 0), (10, 0))] == ["8.0", "8.9", "9.0a", "10.0"]
     seen: dict[str, Any] = {}
 
-    def fake(command: list[str], **options: Any) -> Any:
-        seen.update(command=command, architectures=options["env"]["TORCH_CUDA_ARCH_LIST"])
-        return SimpleNamespace(returncode=1, stdout="", stderr="no nvcc")
+    def fake(command: list[str], seconds: float, log: Path, variables: dict[str, str]) -> Any:
+        seen.update(command=command, variables=variables)
+        return 1, "no nvcc"
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(gpu.subprocess, "run", fake)
-    assert gpu.build()["error"] == "no nvcc"
-    assert seen["architectures"] == "9.0a"
+    monkeypatch.setattr(gpu.processes, "captured", fake)
+    assert gpu.build(60.0, tmp_path / "log")["error"] == "no nvcc"
+    assert seen["variables"]["TORCH_CUDA_ARCH_LIST"] == "9.0a"
     assert "build_ext" in seen["command"]
+
+
+def test_a_build_without_nvcc_is_no_build_for_the_cpu_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("NVCC", "no-such-nvcc")
+    before = sorted((path, path.stat().st_mtime_ns) for path in (harness.ROOT / "fastvit").glob("_C.*"))
+    figures = gpu.build(120.0, tmp_path / "log")
+    assert "nvcc was not found" in figures["error"]
+    assert "nvcc was not found" in (tmp_path / "log").read_text()
+    assert sorted((path, path.stat().st_mtime_ns) for path in (harness.ROOT / "fastvit").glob("_C.*")) == before
 
 
 @pytest.mark.parametrize(
@@ -57,7 +72,8 @@ def test_the_build_is_for_this_architecture_alone(monkeypatch: pytest.MonkeyPatc
         ("echo '========= ERROR SUMMARY: 1 error'; exit 9", "FOUND: ERROR SUMMARY: 1 error"),
         ("echo 'Device not supported'; exit 9", "could not run here"),
         ("exit 1", "could not run here: exit status 1"),
-        ("exec sleep 5", "not finished after 0"),
+        # What the tool has started keeps its pipe: it has to end as well.
+        ("sleep 60 & wait", "not finished after 0"),
     ],
 )
 def test_only_a_finding_of_the_sanitizer_is_a_finding(
@@ -67,14 +83,34 @@ def test_only_a_finding_of_the_sanitizer_is_a_finding(
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    found = gpu.sanitize(0.6 if "sleep" in script else 60.0)
+    found = gpu.sanitize(0.4 if "sleep" in script else 60.0, tmp_path / "log", Known(tmp_path / "known.json", {}))
     assert set(found) == {"memcheck", "racecheck"}
     assert all(text.startswith(said) for text in found.values()), found
 
 
-def test_the_sanitizer_may_be_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_sanitizer_has_said_is_not_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program, calls = tmp_path / "compute-sanitizer", tmp_path / "calls"
+    # The caching allocator would hide a byte past the end of a tensor.
+    script = f'echo "$2 $PYTORCH_NO_CUDA_MEMORY_CACHING" >> {calls}; echo "ERROR SUMMARY: 0 errors"; [ $2 = memcheck ]'
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for _ in range(2):
+        found = gpu.sanitize(60.0, tmp_path / "log", Known.load(tmp_path, "cpu"))
+        assert found["memcheck"] == "clean: ERROR SUMMARY: 0 errors"
+        assert found["racecheck"].startswith("could not run here")
+    # Only what was finished is remembered, and only for these kernels.
+    assert calls.read_text().split("\n")[:-1] == ["memcheck 1", "racecheck 1", "racecheck 1"]
+    monkeypatch.setattr(harness, "source_hash", lambda backend="cpu": "0" * 12)
+    gpu.sanitize(60.0, tmp_path / "log", Known.load(tmp_path, "cpu"))
+    assert calls.read_text().count("memcheck") == 2
+
+
+def test_the_sanitizer_may_be_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
-    assert gpu.sanitize(1.0) == {"compute-sanitizer": "was not found on PATH"}
+    assert gpu.sanitize(1.0, tmp_path / "log", Known(tmp_path / "known.json", {})) == {
+        "compute-sanitizer": "was not found on PATH"
+    }
     compile(gpu.SANITIZED, "program", "exec")
 
 
@@ -126,10 +162,10 @@ def test_a_process_that_dies_leaves_its_case_red(tmp_path: Path, monkeypatch: py
     path = tmp_path / "c.jsonl"
     stamp, states = correctness.stamp("cpu", "cpu"), iter((["a", "ran"], ["b", ""], ["c", "ran"]))
 
-    def process(*args: Any, **options: Any) -> Any:
+    def process(*args: Any, **options: Any) -> int:
         name, state = next(states, ("", ""))
         if not name:
-            return SimpleNamespace(returncode=0)
+            return 0
         base = stamp | {"case": name, "op": "attention", "dtype": "float32"}
         with open(path, "a") as file:
             file.write(json.dumps(base | {"state": "began"}) + "\n")
@@ -137,10 +173,10 @@ def test_a_process_that_dies_leaves_its_case_red(tmp_path: Path, monkeypatch: py
                 file.write(json.dumps(base | {"state": state, "ratios": {"output": 0.5}}) + "\n")
             # What a process leaves that is ended while it writes.
             file.write("" if state else '{"case": "b", "sta\n')
-        return SimpleNamespace(returncode=-11)
+        return -11
 
-    monkeypatch.setattr(correctness.subprocess, "run", process)
-    red, figures = correctness.run("cpu", "cpu", path, 60.0)
+    monkeypatch.setattr(correctness.processes, "logged", process)
+    red, figures = correctness.run("cpu", "cpu", path, 60.0, tmp_path / "log")
     assert red == {("cpu", "attention forward", "float32"), ("cpu", "attention backward", "float32")}
     assert figures["cases"] == 3
     assert "died" in figures["misses"][0]
@@ -167,12 +203,13 @@ def rehearsal(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Have the processes of ``make gpu`` run in this one, and return their arguments."""
     started: list[list[str]] = []
 
-    def process(command: list[str], seconds: float, log: Path) -> int:
+    def process(command: list[str], seconds: float, log: Path, stuck: Any = None) -> int:
         assert command[:3] == [sys.executable, "-m", "benchmarks.gpu"]
         started.append(command[3:])
         return gpu.main(command[3:])
 
     monkeypatch.setattr(gpu, "logged", process)
+    monkeypatch.setattr(timers, "gc", SimpleNamespace(collect=lambda: 0))
     monkeypatch.setattr(
         roofline, "measure", lambda *args, **kwargs: dataclasses.replace(MACHINE, threads=torch.get_num_threads())
     )
@@ -201,7 +238,7 @@ def test_a_rehearsal_leaves_rows_environment_and_what_was_red(
     assert {row.suite for row in rows} == {"patch_embed forward"}
     side = json.loads(path.with_suffix(".json").read_text())
     assert side["facts"]["correctness"]["cpu"]["misses"] == ["x"]
-    assert side["facts"]["environment"]["collect_env"]["torch_version"] == torch.__version__
+    assert side["facts"]["environment"][0]["collect_env"]["torch_version"] == torch.__version__
     assert any("missed the rule on this device" in note for note in side["not timed"])
     assert "red, so its speed is not measured: cpu attention forward float32" in capsys.readouterr().out
     # Mended: the next lease measures what is missing, and nothing twice.
@@ -235,6 +272,22 @@ def test_the_suites_go_on_behind_a_case_that_lost_the_device(
     assert rows
     assert not any("N33" in row.case for row in rows)
     assert "the suites go on without it" in capsys.readouterr().out
+    # The next lease knows them, and says so; --again tries them.
+    running.clear()
+    monkeypatch.setattr(runner, "is_lost", lambda device: False)
+    assert gpu.main(command) == 1
+    assert not running
+    assert f"{lost[0]}: its process was lost in it (exit status 4), so it is skipped" in capsys.readouterr().out
+    notes = json.loads(path.with_suffix(".json").read_text())["not timed"]
+    assert [note for note in notes if "its process was lost" in note and note.startswith(lost[0])]
+    assert gpu.main([*command, "--again"]) == 0
+    assert set(running) > set(lost)
+    assert gpu.main(command) == 0
+    seen: list[runner.Options] = []
+    monkeypatch.setattr(runner, "run", lambda options, facts: seen.append(options) or runner.Report())
+    gpu.main([*command, "--all-peers"])
+    gpu.main(command)
+    assert [options.all_peers for options in seen] == [True, False]
 
 
 def test_a_process_is_logged_and_one_that_waits_for_ever_is_ended(
@@ -250,48 +303,10 @@ def test_a_process_is_logged_and_one_that_waits_for_ever_is_ended(
     assert time.monotonic() - start < 30
 
 
-class FakeEvent:
-    log: list[str]
-
-    def __init__(self, enable_timing: bool) -> None:
-        self.time = 0.0
-
-    def record(self) -> None:
-        self.time = time.perf_counter()
-
-    def synchronize(self) -> None:
-        pass
-
-    def elapsed_time(self, end: FakeEvent) -> float:
-        return (end.time - self.time) * 1e3
-
-
 def test_on_a_device_each_replay_has_a_cold_cache_and_entries_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
 
-    class Graph:
-        def __init__(self) -> None:
-            self.call: Any = None
-
-        def replay(self) -> None:
-            log.append(f"replay {self.name}")  # type: ignore[attr-defined]
-
-    @contextlib.contextmanager
-    def capture(graph: Graph, stream: object) -> Any:
-        length = len(log)
-        yield
-        graph.name = log[length]  # type: ignore[attr-defined]
-
-    fake = SimpleNamespace(
-        Stream=lambda: SimpleNamespace(wait_stream=lambda other: None), current_stream=lambda: None, CUDAGraph=Graph,
-        graph=capture, Event=FakeEvent, stream=lambda stream: contextlib.nullcontext(), synchronize=lambda: None,
-        reset_peak_memory_stats=lambda: None, max_memory_allocated=lambda: 5 << 20,
-        memory_allocated=lambda: 2 << 20, empty_cache=lambda: None,
-    )  # fmt: skip
-    monkeypatch.setattr(timers.torch, "cuda", fake)
-    monkeypatch.setattr(timers, "DEVICE", "cpu")
-    monkeypatch.setattr(timers, "FLUSH_BYTES", 8)
-    monkeypatch.setattr(timers.torch.Tensor, "zero_", lambda self: log.append("flush"))
+    fake_cuda(monkeypatch, log)
 
     def call(name: str) -> Any:
         return lambda: lambda: log.append(name)

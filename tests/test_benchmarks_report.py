@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import figures, harness, report
-from benchmarks.harness import Row
+from benchmarks import figures, formulas, harness, report, roofline
+from benchmarks.harness import Contest, Row
+from benchmarks.timers import Entry, Times
 
 matplotlib = pytest.importorskip("matplotlib")
 
@@ -98,6 +101,59 @@ def test_one_command_draws_everything_and_the_check_finds_what_differs(
     assert report.main(["--check"]) == 1
     assert "shows other rows" in capsys.readouterr().out
     assert len(report.differences()) == 2 + len(figures.FIGURES)
+
+
+def test_costs_are_told_and_stand_under_no_roof(results: Path) -> None:
+    (first, *_) = grid("forward")
+    row = dataclasses.replace(
+        first, suite="overhead eager call", peer="SDPA", ours_p50=0.0125, peer_p50=0.0084, bound="", share=0.0
+    )
+    path = results / "gpu-some-2026-01-02.csv"
+    harness.write([*harness.read(path), row], path)
+    facts = {
+        "wheel": {"wheel_mib": 2.5, "build_seconds": 61.2, "architectures": "9.0a"},
+        "build": {"architecture": "9.0a", "seconds": 99.0, "native_mib": 7.25, "error": "first\nno compiler\n"},
+    }
+    path.with_suffix(".json").write_text(json.dumps({"facts": facts}))
+    costs = report.full([path]).partition("### Costs")[2]
+    assert "- eager call, bfloat16, cuda: 0.0125 ms; SDPA: 0.0084 ms\n" in costs
+    assert "- wheel (9.0a architectures): 2.5 MiB, built in 61 s\n" in costs
+    assert "- build for 9.0a alone: 99 s, 7.25 MiB; failed: no compiler" in costs
+    table = next(line for line in report.table(path).splitlines() if line.startswith("| overhead"))
+    assert table.endswith("| – |")
+    path.with_suffix(".json").unlink()
+    assert "- wheel: not built in these runs" in report.full([path])
+
+
+def test_readme_says_that_no_gpu_was_measured_until_one_was(results: Path) -> None:
+    assert "not measured yet" not in report.content()
+    (results / "gpu-some-2026-01-02.csv").rename(results / "cpu-some-2026-01-02.csv")
+    assert report.content().endswith("Speed on a GPU: **not measured yet.** `make gpu` measures it.")
+    # Nowhere else, where no run would take it away.
+    readme = (harness.ROOT / "README.md").read_text()
+    outside = readme.partition(report.BEGIN)[0] + readme.partition(report.END)[2]
+    assert "Speed on a GPU" not in outside
+
+
+def test_mfu_is_the_useful_rate_over_the_measured_peak(results: Path) -> None:
+    # ViT-B/16 at 224, by hand: 12 blocks of 197 tokens; qkv and projection 8 · 768², MLP 16 · 768², attention
+    # 4 · 197 · 768 multiply-adds times two; patches 2 · 196 · 768²; head 2 · 768 · 1000.
+    block = 197 * (8 * 768**2 + 16 * 768**2 + 4 * 197 * 768)
+    flop = 12 * block + 2 * 196 * 768 * 768 + 2 * 768 * 1000
+    assert flop == pytest.approx(35.1e9, rel=0.01)
+    vit = formulas.VitShape(224, 16, 768, 3072, 12)
+    work = Contest(
+        "model inference, eager", "vit B256", torch.bfloat16, (Entry("cpu", lambda: lambda: None),), (), {"cpu": 0.5},
+        flop=formulas.vit_flop(vit, 256),
+    )  # fmt: skip
+    assert work.flop == pytest.approx(256 * flop, rel=1e-3)
+    machine = roofline.Machine("cpu", "device", "x", 0, "d", {"bfloat16": 800e3}, 4000.0)
+    # 256 images in 25 ms: 359.6 TFLOP/s of 800.
+    row = harness._row(work, machine, work.ours[0], None, {"cpu": Times([0.025] * 3)})
+    expected = 100 * 256 * flop / 0.025 / 800e12
+    assert f"| {expected:.0f} % |" == "| 45 % |"
+    assert "| 45 % |" in report._cases([row])
+    assert "| 45 % |" not in report._cases([dataclasses.replace(row, suite="attention forward")])
 
 
 def test_a_stale_mark_is_wherever_a_figure_is_shown(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import nn
 import fastvit.commands.demo as demo
 import fastvit.commands.subject as subjects
 from fastvit.cli import _parser, main
-from fastvit.commands.timing import Clock, race
+from fastvit.commands.timing import Clock, _own_seconds, race
 from fastvit.kernels import native
 from fastvit.ops import backends
 from tests.commands import CONTROL, assert_finite, error_line, plain_terminal, plant_wrong_attention
@@ -252,6 +253,19 @@ class TestDemoBadInput:
 def test_other_processes_are_noticed() -> None:
     cpu, processors = torch.device("cpu"), os.cpu_count() or 1
     assert 0 <= Clock().processors_busy_elsewhere() <= processors
+    # What this process starts is no other's, while it lives and afterwards: here a child of a child.
+    spin = "import time; end = time.process_time() + 0.4\nwhile time.process_time() < end: pass"
+    before = _own_seconds()
+    program = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {spin!r}]); print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        alive = _own_seconds()
+        child.communicate("\n")
+    assert alive - before >= 0.4
+    assert _own_seconds() - before >= 0.4
     assert demo._company(torch.device("cuda"), 99.0) == []
     assert demo._company(cpu, processors - torch.get_num_threads() + 0.1) == []
     assert "so the times say little" in demo._company(cpu, processors - torch.get_num_threads() + 0.9)[0]

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor, nn
 
 from fastvit.swap import swap
-from fastvit.testing import AttentionCase, assert_close, check_attention, check_model, compare, compare_runs, livened
+from fastvit.testing import (
+    AttentionCase,
+    PatchEmbedCase,
+    assert_close,
+    check_attention,
+    check_model,
+    check_patch_embed,
+    compare,
+    compare_runs,
+    ieee_float32,
+    livened,
+)
 from fastvit.testing.model import _own_paths
 from fastvit.testing.rule import BLOCK
 
@@ -207,3 +223,66 @@ def test_patches_are_cut_in_both_of_torchs_ways() -> None:
 def test_check_model_needs_something_to_compare() -> None:
     with pytest.raises(ValueError, match=r"^model: got Flatten, which returns no floating tensor"):
         check_model(torch.nn.Flatten(), torch.arange(6).reshape(2, 3))
+
+
+def precisions() -> tuple[object, ...]:
+    backends = torch.backends
+    return (
+        backends.cudnn.allow_tf32, backends.cudnn.conv.fp32_precision, backends.cuda.matmul.allow_tf32,
+        backends.cuda.matmul.fp32_precision, torch.get_float32_matmul_precision(),
+        backends.mkldnn.matmul.fp32_precision,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("wanted", ["highest", "high", "medium"])
+def test_float32_is_float32_and_then_as_the_user_had_it(wanted: str) -> None:
+    assert torch.backends.cudnn.allow_tf32, "torch's default has changed: is ieee_float32 still needed?"
+    default = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(wanted)
+    try:
+        before = precisions()
+        with ieee_float32():
+            assert precisions() == (False, "ieee", False, "ieee", "highest", "ieee")
+        assert precisions() == before
+        with contextlib.suppress(KeyError), ieee_float32():
+            raise KeyError
+        assert precisions() == before
+    finally:
+        torch.set_float32_matmul_precision(default)
+
+
+def test_a_user_who_mixes_both_sets_of_switches_is_not_refused() -> None:
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    try:
+        with pytest.raises(RuntimeError, match="mix"):
+            _ = torch.backends.cudnn.allow_tf32
+        with ieee_float32():
+            assert torch.backends.cudnn.rnn.fp32_precision == "ieee"
+        assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+        assert torch.backends.cudnn.rnn.fp32_precision == "tf32"
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
+
+
+@pytest.mark.parametrize("what", ["attention", "patch_embed", "model"])
+def test_every_yardstick_is_full_float32(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def watch(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def watched(*args: Any, **options: Any) -> Tensor:
+            seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+            return function(*args, **options)
+
+        return watched
+
+    for name in ("scaled_dot_product_attention", "conv2d", "unfold"):
+        monkeypatch.setattr(torch.nn.functional, name, watch(getattr(torch.nn.functional, name)))
+    if what == "attention":
+        check_attention(AttentionCase(1, 1, 9, 9, 8, 8))
+    elif what == "patch_embed":
+        check_patch_embed(PatchEmbedCase(1, 3, (2, 2), (4, 4), 8))
+    else:
+        check_model(nn.Sequential(nn.Conv2d(3, 8, 4, 4)), torch.randn(2, 3, 8, 8))
+    assert seen
+    assert set(seen) == {(False, False)}

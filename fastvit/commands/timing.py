@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ class Race:
 
 
 class Clock:
-    """Measures, from its construction on, how busy other processes keep this machine; Linux only."""
+    """Measures, from its construction on, how busy others than this process and its children keep this machine."""
 
     def __init__(self) -> None:
         self._start = self._read()
@@ -65,10 +66,31 @@ class Clock:
             fields = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]
             ticks = os.sysconf("SC_CLK_TCK")
         except (OSError, ValueError):
-            return time.perf_counter(), 0.0, time.process_time()
+            return time.perf_counter(), 0.0, _own_seconds()
         # user nice system idle iowait irq softirq steal (proc_stat(5)); stolen time belongs to nobody here.
         busy = sum(int(fields[index]) for index in (0, 1, 2, 5, 6)) / ticks
-        return time.perf_counter(), busy, time.process_time()
+        return time.perf_counter(), busy, _own_seconds()
+
+
+def _own_seconds() -> float:
+    """Return the processor seconds of this process and of all that it started, such as Inductor's workers."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    parents, seconds = {}, {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            # pid (name) state ppid … utime stime cutime cstime, the last four in places 14 to 17; a name may have ")".
+            fields = path.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        except OSError:
+            # It has ended in between.
+            continue
+        parents[int(path.parent.name)] = int(fields[1])
+        seconds[int(path.parent.name)] = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+    descendants, last = set(), {os.getpid()}
+    while last:
+        last = {process for process, parent in parents.items() if parent in last}
+        descendants |= last
+    living = sum(seconds[process] for process in descendants)
+    return time.process_time() + ended.ru_utime + ended.ru_stime + living
 
 
 def ratio_text(ratio: float) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastvit.ops as ops
+from fastvit.testing.precision import ieee_float32
 from fastvit.testing.rule import Comparison, compare
 
 VIT_SEQLENS = (49, 50, 196, 197, 256, 257, 577, 785, 1025, 1370)
@@ -85,6 +86,7 @@ class AttentionCase:
         return values if self.bias == "additive" else values.to(torch.float32)
 
 
+@ieee_float32()
 def check_attention(
     case: AttentionCase,
     backend: str | None = None,

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from fastvit.swap import swap, unswap
+from fastvit.testing.precision import ieee_float32
 from fastvit.testing.rule import Comparison, compare
 
 FEWEST_ELEMENTS = 8
@@ -22,6 +23,7 @@ FEWEST_ELEMENTS = 8
 CANCELLED = 1e-12
 
 
+@ieee_float32()
 def check_model(
     model: nn.Module, *inputs: Any, backend: str | None = None, backward: bool = True, **keywords: Any
 ) -> list[Comparison]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastvit.ops as ops
+from fastvit.testing.precision import ieee_float32
 from fastvit.testing.rule import Comparison, compare
 
 
@@ -58,6 +59,7 @@ class PatchEmbedCase:
         }
 
 
+@ieee_float32()
 def check_patch_embed(
     case: PatchEmbedCase,
     backend: str | None = None,
