@@ -11,13 +11,13 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 from torch.torch_version import TorchVersion
 
-from fastvit.adapters import SwapTable, called_by_name, original_classes, registered
+from fastvit.adapters import SwapTable, called_by_name, original_classes, registered_for
 from fastvit.adapters.reasons import LOOKS_LIKE_ONE, why_not_fused
 from fastvit.kernels.spec import Spec
 from fastvit.modules.fused import ADDED_ATTRIBUTES, FusedForward
@@ -87,6 +87,9 @@ def swap(model: nn.Module, *, backend: str | None = None, strict: bool = False) 
         backend: the swapped modules run on this backend or raise; None chooses from the measured order.
         strict: raise, and change nothing, if anything that looks like attention or a patch embedding is left alone.
 
+    Hand over the whole model: torch's nn.TransformerEncoderLayer reads the weights of its ``self_attn`` in inference
+    and does not call it, so ``swap(layer.self_attn)`` alone shows in training only, ``swap(layer)`` in both.
+
     Returns:
         A report. Swapping again changes at most the backend.
 
@@ -99,7 +102,7 @@ def swap(model: nn.Module, *, backend: str | None = None, strict: bool = False) 
     """
     _check_model(model)
     check_backend_name(backend)
-    table = registered()
+    table = registered_for(model)
     plan = list(_plan(model, table, backend))
     report = SwapReport(tuple(row for _, row in plan), _remarks(backend, plan, table))
     if strict and report.left_alone:
@@ -154,6 +157,7 @@ def _plan(model: nn.Module, table: SwapTable, backend: str | None) -> Iterator[t
     originals = original_classes()
     shown = backend or "automatic"
     handled: set[int] = set()
+    around: dict[int, str] = {}
     for name, module in model.named_modules():
         kind, path = type(module), name or "(root)"
         if id(module) in handled or (kind in table and not table[kind].fastvit_recognises(module)):
@@ -173,6 +177,10 @@ def _plan(model: nn.Module, table: SwapTable, backend: str | None) -> Iterator[t
             row = SwapRow(path, kind.__name__, LEFT_ALONE, reason)
         else:
             continue
+        if row.action != LEFT_ALONE and (said := around.get(id(module))):
+            row = replace(row, reason="; ".join(filter(None, (row.reason, said))))
+        elif row.action == LEFT_ALONE and (said := _said_around(module, table)):
+            around.update(dict.fromkeys(map(id, module.modules()), said))
         # Children of a layer are part of it: proj of a PatchEmbed is no second patch embedding.
         if not _is_container(module, table):
             handled.update(id(child) for child in module.modules())
@@ -214,6 +222,11 @@ def _is_a_layer(module: nn.Module, table: SwapTable) -> bool:
 
 def _is_container(module: nn.Module, table: SwapTable) -> bool:
     return any(isinstance(module, original) and fused.fastvit_container for original, fused in table.items())
+
+
+def _said_around(module: nn.Module, table: SwapTable) -> str:
+    notes = (fused.fastvit_around for original, fused in table.items() if isinstance(module, original))
+    return next(filter(None, notes), "")
 
 
 def _set_backend(module: nn.Module, backend: str | None) -> None:
