@@ -18,7 +18,7 @@ from torch import nn
 from torch.torch_version import TorchVersion
 
 from fastvit.adapters import SwapTable, called_by_name, original_classes, registered_for
-from fastvit.adapters.reasons import LOOKS_LIKE_ONE, why_not_fused
+from fastvit.adapters.reasons import LOOKS_LIKE_ONE, attends_by, why_not_fused
 from fastvit.kernels.spec import Spec
 from fastvit.modules.fused import ADDED_ATTRIBUTES, FusedForward
 from fastvit.ops.backends import AUTOMATIC_ORDER, BACKENDS, automatic_order, check_backend_name, requested_backend
@@ -196,14 +196,20 @@ def _why_left_alone(module: nn.Module, table: SwapTable) -> str | None:
     base = next((original for original in kind.__mro__ if original in table), None)
     if base and table[base].fastvit_recognises(module):
         return f"a subclass of {base.__name__} that may compute something else; only that exact class is swapped"
-    if known := why_not_fused(kind):
+    if known := why_not_fused(module):
         return known
     # The innermost module of that name is the layer; one around it is a block, a wrapper or a whole model.
-    if not hasattr(module, "fused_attn") and (
-        not LOOKS_LIKE_ONE.search(kind.__name__) or _holds_a_layer(module, table)
-    ):
+    if not hasattr(module, "fused_attn") and (not _looks_like_one(module) or _holds_a_layer(module, table)):
         return None
-    return f"no fused version of {kind.__module__}.{kind.__qualname__}"
+    function = attends_by(kind)
+    return f"no fused version of {kind.__module__}.{kind.__qualname__}" + (
+        f", which calls {function}" if function else ""
+    )
+
+
+def _looks_like_one(module: nn.Module) -> bool:
+    kind = type(module)
+    return hasattr(module, "fused_attn") or bool(LOOKS_LIKE_ONE.search(kind.__name__)) or attends_by(kind) is not None
 
 
 def _holds_a_layer(module: nn.Module, table: SwapTable) -> bool:
@@ -211,8 +217,7 @@ def _holds_a_layer(module: nn.Module, table: SwapTable) -> bool:
 
 
 def _is_a_layer(module: nn.Module, table: SwapTable) -> bool:
-    named_so = hasattr(module, "fused_attn") or bool(LOOKS_LIKE_ONE.search(type(module).__name__))
-    if named_so or isinstance(module, FusedForward):
+    if isinstance(module, FusedForward) or _looks_like_one(module):
         return True
     return any(
         isinstance(module, original) and fused.fastvit_recognises(module) and not fused.fastvit_obstacles(module)

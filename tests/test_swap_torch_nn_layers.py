@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from fastvit.adapters.torch_nn import FusedTransformerEncoderLayer
 from fastvit.modules.multihead_attention import FusedMultiheadAttention
@@ -295,6 +296,7 @@ def test_deepcopy_of_a_swapped_model() -> None:
 def test_compile_with_a_dynamic_batch_and_two_lengths(is_inference: bool) -> None:
     fused = swapped(encoder(layers=1))
     torch._dynamo.reset()
+    counters.clear()
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager", dynamic=True)
     with torch.set_grad_enabled(not is_inference):
         for batch, length in ((2, 12), (5, 12), (3, 9)):
@@ -302,6 +304,7 @@ def test_compile_with_a_dynamic_batch_and_two_lengths(is_inference: bool) -> Non
             actual, expected = (m(x, src_key_padding_mask=mask) for m in (compiled, fused))
             # In inference the eager model drops the padded tokens, which a compiled one keeps (torch's too).
             torch.testing.assert_close(actual[~mask], expected[~mask], rtol=1e-4, atol=1e-4)
+        assert counters["stats"]["unique_graphs"] == 1
         assert ops_run(lambda: compiled(x, src_key_padding_mask=mask)) == {PACKED}
 
 
