@@ -174,3 +174,18 @@ def test_timms_attention_of_other_widths(options: dict[str, Any]) -> None:
     assert swap(attention, strict=True).counts == {"fused": 1}
     torch.testing.assert_close(attention(normal(2, 17, 96)), expected, rtol=1e-4, atol=1e-5)
     assert ops_run(lambda: attention(normal(2, 17, 96))) == {PACKED}
+
+
+@pytest.mark.parametrize(("name", "reason"), [("Swin", "relative position bias and a mask"), ("Swinv2", "cosine")])
+def test_transformers_swin_says_why_its_windows_are_left_alone(name: str, reason: str) -> None:
+    library = pytest.importorskip("transformers")
+    config = getattr(library, f"{name}Config")(
+        image_size=32, patch_size=4, embed_dim=24, depths=[2], num_heads=[3], window_size=4
+    )
+    model = lively(getattr(library, f"{name}Model")(config)).eval()
+    with torch.no_grad():
+        expected = model(images(2, 32)).last_hidden_state
+        report = swap(model)
+        assert report.counts == {"fused": 1, "left alone": 2}
+        assert all(reason in row.reason for row in report.left_alone)
+        torch.testing.assert_close(model(images(2, 32)).last_hidden_state, expected, rtol=1e-4, atol=1e-4)

@@ -142,6 +142,8 @@ _TRANSFORMERS = {
     "audio_spectrogram_transformer.modeling_audio_spectrogram_transformer.ASTPatchEmbeddings": (
         OVERLAPPING.format("convolution of a spectrogram")
     ),
+    "swin.modeling_swin.SwinAttention": WINDOWED,
+    "swinv2.modeling_swinv2.Swinv2SelfAttention": COSINE,
 }
 REASONS = {
     **{f"timm.{name}": reason for name, reason in _TIMM.items()},
