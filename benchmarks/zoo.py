@@ -41,11 +41,13 @@ def _images(size: int, batch: int = 1) -> Tensor:
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(7))
 
 
-# Name, image size, and the options that make it two layers deep.
+# Name (what follows in brackets says what differs from timm's), image size, options that make it two layers deep.
 TIMM: tuple[tuple[str, int, dict[str, Any]], ...] = (
     ("vit_tiny_patch16_224", 224, {"depth": DEPTH}),
     ("vit_small_patch16_384", 384, {"depth": DEPTH}),
     ("vit_base_patch16_224", 224, {"depth": DEPTH}),
+    ("vit_base_patch16_224 (qk_norm)", 224, {"depth": DEPTH, "qk_norm": True}),
+    ("vit_base_patch16_224 (no qkv bias)", 224, {"depth": DEPTH, "qkv_bias": False}),
     ("vit_base_patch32_224", 224, {"depth": DEPTH}),
     ("vit_large_patch14_clip_224", 224, {"depth": DEPTH}),
     ("vit_base_patch16_siglip_224", 224, {"depth": DEPTH}),
@@ -65,6 +67,7 @@ TIMM: tuple[tuple[str, int, dict[str, Any]], ...] = (
     ("eva02_tiny_patch14_224", 224, {"depth": DEPTH}),
     ("eva02_base_patch16_clip_224", 224, {"depth": DEPTH}),
     ("beit_base_patch16_224", 224, {"depth": DEPTH}),
+    ("beit_base_patch16_224 (bias tables frozen)", 224, {"depth": DEPTH}),
     ("beitv2_base_patch16_224", 224, {"depth": DEPTH}),
     ("cait_xxs24_224", 224, {"depth": DEPTH, "depth_token_only": 1}),
     ("convit_tiny", 224, {"depth": DEPTH}),
@@ -76,7 +79,12 @@ TIMM: tuple[tuple[str, int, dict[str, Any]], ...] = (
 
 def _timm() -> Iterator[Architecture]:
     def build(name: str, options: dict[str, Any]) -> nn.Module:
-        return importlib.import_module("timm").create_model(name, **options)
+        model = importlib.import_module("timm").create_model(name.split(" (")[0], **options)
+        # While BEiT's bias wants a gradient its own attention runs.
+        for key, parameter in model.named_parameters():
+            if "frozen" in name and key.endswith("relative_position_bias_table"):
+                parameter.requires_grad_(False)
+        return model
 
     for name, size, options in TIMM:
         yield Architecture("timm", name, lambda name=name, options=options: build(name, options), (_images(size),))
@@ -98,9 +106,32 @@ def _torchvision() -> Iterator[Architecture]:
 
     for name, sizes in TORCHVISION.items():
         yield Architecture("torchvision", name, lambda sizes=sizes: build(*sizes), (_images(sizes[-1]),))
-    yield Architecture(
-        "torchvision", "swin_t", lambda: importlib.import_module("torchvision").models.swin_t(), (_images(224),)
-    )
+    yield Architecture("torchvision", "vit_b_16 (conv stem)", _conv_stem, (_images(224),))
+    for name, build_other in (("swin_t", _swin_t), ("swin_v2_t", _swin_v2_t), ("maxvit_t", _maxvit_t)):
+        yield Architecture("torchvision", name, build_other, (_images(224),))
+
+
+# A smooth activation, because one rounding may carry a ReLU's unit past its kink, where the gradient jumps.
+def _conv_stem() -> nn.Module:
+    file = importlib.import_module("torchvision.models.vision_transformer")
+    # Xiao et al. 2021: 3×3 convolutions of stride 2 in place of patches.
+    stem = [file.ConvStemConfig(width, 3, 2, activation_layer=nn.SiLU) for width in (64, 128, 256, 512)]
+    return file.VisionTransformer(224, 16, DEPTH, 12, 768, 3072, conv_stem_configs=stem)
+
+
+def _swin_t() -> nn.Module:
+    return importlib.import_module("torchvision").models.swin_t()
+
+
+def _swin_v2_t() -> nn.Module:
+    file = importlib.import_module("torchvision.models.swin_transformer")
+    blocks = {"block": file.SwinTransformerBlockV2, "downsample_layer": file.PatchMergingV2}
+    return file.SwinTransformer([4, 4], 96, [1, 1], [3, 6], [8, 8], **blocks)
+
+
+def _maxvit_t() -> nn.Module:
+    kind = importlib.import_module("torchvision.models.maxvit").MaxVit
+    return kind((224, 224), 64, 7, [64, 128], [1, 1], 32, 0.0)
 
 
 # Config class and model class; all of them take images of 224 unless said otherwise.
@@ -142,6 +173,49 @@ def _transformers() -> Iterator[Architecture]:
         lambda: build("CLIPTextConfig", "CLIPTextModel", {}),
         keywords={"input_ids": ids, "attention_mask": padded},
     )
+    for name, words in (("CLIP", ids), ("Siglip", ids[:, :64] % 30000)):
+        yield Architecture(
+            "transformers",
+            f"{name}Model (both towers)",
+            lambda name=name: _both_towers(name),
+            keywords={"pixel_values": _images(224, 2), "input_ids": words},
+        )
+    flattened = torch.randn(256, 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(7))
+    yield Architecture("transformers", "Qwen2.5-VL's vision tower", _QwenTower, (flattened,))
+
+
+def _both_towers(name: str) -> nn.Module:
+    library = importlib.import_module("transformers")
+    towers = {"text_config": {"num_hidden_layers": DEPTH}, "vision_config": {"num_hidden_layers": DEPTH}}
+    config = getattr(library, f"{name}Config")(**towers)
+    return getattr(library, f"{name}Model")._from_config(config, attn_implementation="sdpa")
+
+
+class _QwenTower(nn.Module):
+    """Qwen2.5-VL's tower for one image of 16×16 patches: what is computed from grids, which are data, is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        folder = "transformers.models.qwen2_5_vl"
+        config = importlib.import_module(f"{folder}.configuration_qwen2_5_vl").Qwen2_5_VLVisionConfig(
+            depth=DEPTH, fullatt_block_indexes=[1]
+        )
+        kind = importlib.import_module(f"{folder}.modeling_qwen2_5_vl").Qwen2_5_VisionTransformerPretrainedModel
+        self.tower = kind._from_config(config, attn_implementation="sdpa")
+        utils, grids, merge = importlib.import_module("transformers.vision_utils"), torch.tensor([[1, 16, 16]]), 2
+        windows = utils.get_vision_window_index(
+            grids, spatial_merge_size=merge, window_size=config.window_size, patch_size=config.patch_size
+        )
+        self.given = {
+            "grid_thw": grids,
+            "position_ids": utils.get_vision_position_ids(grids, merge),
+            "cu_seqlens": utils.get_vision_cu_seqlens(grids),
+            **dict(zip(("window_index", "cu_window_seqlens"), windows, strict=True)),
+        }
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Return the last hidden state of flattened patches [S, 3·2·14·14]."""
+        return self.tower(patches, **self.given).last_hidden_state
 
 
 def _open_clip() -> Iterator[Architecture]:
@@ -157,7 +231,6 @@ def _open_clip() -> Iterator[Architecture]:
         yield Architecture("open_clip", name, lambda name=name: build(name), (_images(224), text))
 
 
-# gelu, because one rounding may carry a ReLU's unit past its kink, where the gradient jumps.
 def _torch_nn() -> Iterator[Architecture]:
     def encoder() -> nn.Module:
         layer = nn.TransformerEncoderLayer(512, 8, activation="gelu", batch_first=True, norm_first=True, dropout=0.0)

@@ -11,14 +11,14 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 from torch.torch_version import TorchVersion
 
-from fastvit.adapters import SwapTable, called_by_name, original_classes, registered
-from fastvit.adapters.reasons import LOOKS_LIKE_ONE, why_not_fused
+from fastvit.adapters import SwapTable, called_by_name, original_classes, registered_for
+from fastvit.adapters.reasons import LOOKS_LIKE_ONE, attends_by, why_not_fused
 from fastvit.kernels.spec import Spec
 from fastvit.modules.fused import ADDED_ATTRIBUTES, FusedForward
 from fastvit.ops.backends import (
@@ -94,6 +94,9 @@ def swap(model: nn.Module, *, backend: str | None = None, strict: bool = False) 
         backend: the swapped modules run on this backend or raise; None chooses from the measured order.
         strict: raise, and change nothing, if anything that looks like attention or a patch embedding is left alone.
 
+    Hand over the whole model: torch's nn.TransformerEncoderLayer reads the weights of its ``self_attn`` in inference
+    and does not call it, so ``swap(layer.self_attn)`` alone shows in training only, ``swap(layer)`` in both.
+
     Returns:
         A report. Swapping again changes at most the backend.
 
@@ -106,7 +109,7 @@ def swap(model: nn.Module, *, backend: str | None = None, strict: bool = False) 
     """
     _check_model(model)
     check_backend_name(backend)
-    table = registered()
+    table = registered_for(model)
     plan = list(_plan(model, table, backend))
     report = SwapReport(tuple(row for _, row in plan), _remarks(backend, plan, table))
     if strict and report.left_alone:
@@ -161,6 +164,7 @@ def _plan(model: nn.Module, table: SwapTable, backend: str | None) -> Iterator[t
     originals = original_classes()
     shown = backend or "automatic"
     handled: set[int] = set()
+    around: dict[int, str] = {}
     for name, module in model.named_modules():
         kind, path = type(module), name or "(root)"
         if id(module) in handled or (kind in table and not table[kind].fastvit_recognises(module)):
@@ -180,6 +184,10 @@ def _plan(model: nn.Module, table: SwapTable, backend: str | None) -> Iterator[t
             row = SwapRow(path, kind.__name__, LEFT_ALONE, reason)
         else:
             continue
+        if row.action != LEFT_ALONE and (said := around.get(id(module))):
+            row = replace(row, reason="; ".join(filter(None, (row.reason, said))))
+        elif row.action == LEFT_ALONE and (said := _said_around(module, table)):
+            around.update(dict.fromkeys(map(id, module.modules()), said))
         # Children of a layer are part of it: proj of a PatchEmbed is no second patch embedding.
         if not _is_container(module, table):
             handled.update(id(child) for child in module.modules())
@@ -195,14 +203,20 @@ def _why_left_alone(module: nn.Module, table: SwapTable) -> str | None:
     base = next((original for original in kind.__mro__ if original in table), None)
     if base and table[base].fastvit_recognises(module):
         return f"a subclass of {base.__name__} that may compute something else; only that exact class is swapped"
-    if known := why_not_fused(kind):
+    if known := why_not_fused(module):
         return known
     # The innermost module of that name is the layer; one around it is a block, a wrapper or a whole model.
-    if not hasattr(module, "fused_attn") and (
-        not LOOKS_LIKE_ONE.search(kind.__name__) or _holds_a_layer(module, table)
-    ):
+    if not hasattr(module, "fused_attn") and (not _looks_like_one(module) or _holds_a_layer(module, table)):
         return None
-    return f"no fused version of {kind.__module__}.{kind.__qualname__}"
+    function = attends_by(kind)
+    return f"no fused version of {kind.__module__}.{kind.__qualname__}" + (
+        f", which calls {function}" if function else ""
+    )
+
+
+def _looks_like_one(module: nn.Module) -> bool:
+    kind = type(module)
+    return hasattr(module, "fused_attn") or bool(LOOKS_LIKE_ONE.search(kind.__name__)) or attends_by(kind) is not None
 
 
 def _holds_a_layer(module: nn.Module, table: SwapTable) -> bool:
@@ -210,8 +224,7 @@ def _holds_a_layer(module: nn.Module, table: SwapTable) -> bool:
 
 
 def _is_a_layer(module: nn.Module, table: SwapTable) -> bool:
-    named_so = hasattr(module, "fused_attn") or bool(LOOKS_LIKE_ONE.search(type(module).__name__))
-    if named_so or isinstance(module, FusedForward):
+    if isinstance(module, FusedForward) or _looks_like_one(module):
         return True
     return any(
         isinstance(module, original) and fused.fastvit_recognises(module) and not fused.fastvit_obstacles(module)
@@ -221,6 +234,11 @@ def _is_a_layer(module: nn.Module, table: SwapTable) -> bool:
 
 def _is_container(module: nn.Module, table: SwapTable) -> bool:
     return any(isinstance(module, original) and fused.fastvit_container for original, fused in table.items())
+
+
+def _said_around(module: nn.Module, table: SwapTable) -> str:
+    notes = (fused.fastvit_around for original, fused in table.items() if isinstance(module, original))
+    return next(filter(None, notes), "")
 
 
 def _set_backend(module: nn.Module, backend: str | None) -> None:

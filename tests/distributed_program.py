@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
+import transformers
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -25,15 +26,29 @@ import fastvit
 from fastvit.models import vit
 from fastvit.ops.sharding import PackedColwiseParallel
 from fastvit.testing import livened
+from tests import test_swap_survives as libraries
 from tests.swapping import PACKED, PATCHES, SEPARATE, images, normal, ops_run
 
 HEADS, DEPTH, RANKS = 4, 2, 2
+OTHERS = ("torchvision", "transformers", "torch.nn", "open_clip")
 
 
 def small(kind: str, **options: Any) -> nn.Module:
+    if kind in OTHERS:
+        return libraries.build(kind).double().train()
     sizes = {"img_size": 32, "patch_size": 8, "depth": DEPTH, "num_heads": HEADS, "embed_dim": 64, "num_classes": 10}
     builder = timm.models.VisionTransformer if kind == "timm" else vit.VisionTransformer
     return livened(builder(**sizes, **options)).double().train()
+
+
+def ops_of(kind: str) -> set[str]:
+    return libraries.MODELS[kind][1] if kind in OTHERS else {PACKED, PATCHES}
+
+
+def blocks_of(model: nn.Module, kind: str) -> list[nn.Module]:
+    path = libraries.MODELS[kind][2] if kind in OTHERS else "blocks.{}"
+    before = path.partition("{}")[0]
+    return [model.get_submodule(f"{before}{i}") for i in range(DEPTH)]
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -68,10 +83,12 @@ def data_parallel(mesh: DeviceMesh, wrap: Callable[[nn.Module], nn.Module], kind
     x = images(4, 32).double()
     mine = slice(2 * mesh.get_rank(), 2 * mesh.get_rank() + 2)
     plain, model = small(kind), small(kind)
-    assert fastvit.swap(model, strict=True).counts == {"fused": DEPTH + 1}
+    counted = fastvit.swap(model, strict=True).counts
+    assert counted.keys() == {"fused"}, counted
+    assert counted["fused"] >= DEPTH + 1, counted
     model = wrap(model)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9) for m in (plain, model)]
-    assert ops_run(lambda: model(x[mine])) == {PACKED, PATCHES}
+    assert ops_run(lambda: model(x[mine])) == ops_of(kind)
     for step in range(3):
         for optimizer in optimizers:
             optimizer.zero_grad()
@@ -89,27 +106,32 @@ def data_parallel(mesh: DeviceMesh, wrap: Callable[[nn.Module], nn.Module], kind
 
 
 def ddp(mesh: DeviceMesh) -> None:
-    for kind in ("timm", "reference"):
+    for kind in ("timm", "reference", *OTHERS):
         data_parallel(mesh, DistributedDataParallel, kind)
 
 
 def fsdp(mesh: DeviceMesh) -> None:
-    def wrap(model: nn.Module) -> nn.Module:
-        for block in model.blocks:
+    def wrap(model: nn.Module, kind: str) -> nn.Module:
+        for block in blocks_of(model, kind):
             fully_shard(block, mesh=mesh)
         return fully_shard(model, mesh=mesh)
 
-    for kind in ("timm", "reference"):
-        data_parallel(mesh, wrap, kind)
-    # The order does not matter: what is sharded already can be swapped, and what is swapped can be taken back.
-    plain, model = small("timm"), wrap(small("timm"))
-    fastvit.swap(model, strict=True)
-    x = images(2, 32).double()
-    assert ops_run(lambda: model(x)) == {PACKED, PATCHES}
-    same(model(x), plain(x), "sharded, then swapped")
-    fastvit.unswap(model)
-    assert ops_run(lambda: model(x)) == set()
-    same(model(x), plain(x), "unswapped again")
+    for kind in ("timm", "reference", *OTHERS):
+        data_parallel(mesh, functools.partial(wrap, kind=kind), kind)
+    # The order does not matter: what is sharded already can be swapped, and what is swapped can be taken back. The
+    # blocks of torch.nn are layers that are swapped themselves, in a class that fully_shard made.
+    for kind in ("timm", "torch.nn"):
+        plain, model = small(kind).eval(), wrap(small(kind), kind).eval()
+        kinds = [type(module) for module in model.modules()]
+        fastvit.swap(model, strict=True)
+        x = images(2, 32).double()
+        with torch.no_grad():
+            assert ops_run(lambda model=model, x=x: model(x)) == {PACKED, PATCHES}
+            same(model(x), plain(x), f"{kind}: sharded, then swapped")
+            fastvit.unswap(model)
+            assert [type(module) for module in model.modules()] == kinds
+            assert ops_run(lambda model=model, x=x: model(x)) == set()
+            same(model(x), plain(x), f"{kind}: unswapped again")
 
 
 PLAN = {
@@ -190,6 +212,35 @@ def tensor_parallel_with_norms(mesh: DeviceMesh) -> None:
     assert counts(forward) == {"all_reduce": 2 * DEPTH}, counts(forward)
     for name, value in three_steps(model, x).items():
         same(value, expected[name], f"qk_norm: {name}")
+
+
+def tensor_parallel_with_separate_projections(mesh: DeviceMesh) -> None:
+    """Shard transformers' q_proj, k_proj and v_proj over their heads, as its own plans do."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS, "intermediate_size": 96}
+    config = transformers.CLIPVisionConfig(**sizes, image_size=32, patch_size=8)
+    plain = libraries.Pooled(livened(transformers.CLIPVisionModel(config))).double().train()
+    x, collectives = images(2, 32).double(), []
+    expected = three_steps(copy.deepcopy(plain), x)
+    plan = {f"self_attn.{name}": ColwiseParallel() for name in ("q_proj", "k_proj", "v_proj")}
+    plan |= {"self_attn.out_proj": RowwiseParallel(), "mlp.fc1": ColwiseParallel(), "mlp.fc2": RowwiseParallel()}
+    for is_swapped in (False, True):
+        model = copy.deepcopy(plain)
+        if is_swapped:
+            assert fastvit.swap(model, strict=True).counts == {"fused": DEPTH + 1}
+        for block in model.get_submodule("model.encoder.layers"):
+            parallelize_module(block, mesh, plan)
+        assert ops_run(lambda model=model: model(x)) == ({SEPARATE, PATCHES} if is_swapped else set())
+        with CommDebugMode() as forward:
+            pooled = model(x)
+        with CommDebugMode() as backward:
+            pooled.square().sum().backward()
+        collectives.append((counts(forward), counts(backward)))
+        model.zero_grad()
+        for name, value in three_steps(model, x).items():
+            same(value, expected[name], f"separate projections, swapped {is_swapped}: {name}")
+    # Each block adds up the outputs of out_proj and of fc2. Backward adds up the gradient of the input of q_proj,
+    # of k_proj, of v_proj and of fc1. The swap adds nothing.
+    assert collectives == [({"all_reduce": 2 * DEPTH}, {"all_reduce": 4 * DEPTH})] * 2, collectives
 
 
 def counts(mode: CommDebugMode) -> dict[str, int]:
@@ -304,7 +355,12 @@ def refusals(mesh: DeviceMesh) -> None:
 
 CASES: dict[str, list[Callable[[DeviceMesh], None]]] = {
     "data_parallel": [ddp, fsdp],
-    "tensor_parallel": [tensor_parallel, tensor_parallel_with_norms, refusals],
+    "tensor_parallel": [
+        tensor_parallel,
+        tensor_parallel_with_norms,
+        tensor_parallel_with_separate_projections,
+        refusals,
+    ],
     "sharding": [sharding_of_attention, sharding_of_packed, sharding_of_patch_embed],
 }
 

@@ -43,10 +43,36 @@ def forward_backward(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 
 def state(model: nn.Module) -> tuple[Any, ...]:
-    """Return what a swap must keep: keys, Parameter and module identity, and every attribute of every module."""
+    """Return what a swap must keep: keys, the identity of Parameters, buffers, modules and hooks, every attribute."""
     attributes = [(name, sorted(module.__dict__), module.training) for name, module in model.named_modules()]
     parameters = [(name, id(parameter), parameter.requires_grad) for name, parameter in model.named_parameters()]
-    return list(model.state_dict()), parameters, [id(module) for module in model.modules()], attributes
+    buffers = [(name, id(buffer)) for name, buffer in model.named_buffers(remove_duplicate=False)]
+    hooks = [
+        (name, key, id(hooks), [(number, id(hook)) for number, hook in hooks.items()])
+        for name, module in model.named_modules()
+        for key, hooks in module.__dict__.items()
+        if "hooks" in key and isinstance(hooks, dict)
+    ]
+    modules = [id(module) for module in model.modules()]
+    return list(model.state_dict()), parameters, buffers, modules, hooks, attributes
+
+
+def listened_to(model: nn.Module) -> list[str]:
+    """Register hooks of each kind on ``model`` and on what a swap changes; return the list of what they are told."""
+    told: list[str] = []
+    changed = [row.name for row in swap(copy.deepcopy(model)).swapped]
+    # A backward hook hands query, key and value over as three tensors, even where they were one: only on the root.
+    model.register_full_backward_pre_hook(lambda *_: told.append("backward pre"))
+    model.register_full_backward_hook(lambda *_: told.append("backward"))
+    for name in dict.fromkeys(["", *(name for name in changed if name != "(root)")]):
+        module = model.get_submodule(name)
+        module.register_forward_pre_hook(lambda *_, name=name: told.append(f"pre {name}"), with_kwargs=True)
+        module.register_forward_hook(lambda *_, name=name: told.append(f"forward {name}"), always_call=True)
+        module.register_state_dict_pre_hook(lambda *_, name=name: told.append(f"state_dict pre {name}"))
+        module.register_state_dict_post_hook(lambda *_, name=name: told.append(f"state_dict {name}"))
+        module.register_load_state_dict_pre_hook(lambda *_, name=name: told.append(f"load pre {name}"))
+        module.register_load_state_dict_post_hook(lambda *_, name=name: told.append(f"load {name}"))
+    return told
 
 
 def run_python(program: str, *arguments: object) -> str:
@@ -86,13 +112,18 @@ def by_tensor(runs: list[dict[str, Tensor]]) -> dict[str, list[Tensor]]:
 def hold_the_rule(model: nn.Module, x: Tensor, fused: int, ops: set[str]) -> float:
     """Swap ``model``, compare a training step with float64 under the rule, swap back, and return the worst ratio.
 
-    It also asserts that ``fused`` modules were swapped, that exactly these ops ran, that a state_dict loads strictly in
-    both directions, and that unswapping gives the same objects and, bit for bit, the same numbers.
+    It also asserts that ``fused`` modules were swapped, that exactly these ops ran, that hooks of each kind fire as
+    before, that a state_dict loads strictly in both directions, and that unswapping gives the same objects and hooks
+    and, bit for bit, the same numbers.
     """
     twin = copy.deepcopy(model)
     truth = forward_backward(copy.deepcopy(model).double(), x.double())
     runs = torchs_paths(model, lambda: forward_backward(model, x))
+    told = listened_to(model)
     before, kinds = state(model), [type(module) for module in model.modules()]
+    forward_backward(model, x)
+    model.load_state_dict(model.state_dict(), strict=True)
+    heard, told[:] = [*told], []
     assert swap(model).counts.get("fused", 0) == fused
     assert state(model) == before
     mine: dict[str, Tensor] = {}
@@ -100,6 +131,8 @@ def hold_the_rule(model: nn.Module, x: Tensor, fused: int, ops: set[str]) -> flo
     assert mine.keys() == truth.keys()
     comparisons = compare_runs(mine, truth, runs)
     assert all(comparison.passed for comparison in comparisons), max(comparisons, key=lambda each: each.ratio)
+    model.load_state_dict(model.state_dict(), strict=True)
+    assert told == heard
     twin.load_state_dict(model.state_dict(), strict=True)
     model.load_state_dict(twin.state_dict(), strict=True)
     assert len(unswap(model).rows) == fused

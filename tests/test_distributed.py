@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-pytest.importorskip("timm")
+for library in ("timm", "torchvision", "transformers", "open_clip"):
+    pytest.importorskip(library, reason="every library's models run on two processes")
 ROOT = Path(__file__).parents[1]
 
 
@@ -20,7 +21,15 @@ ROOT = Path(__file__).parents[1]
     ("case", "parts"),
     [
         ("data_parallel", ["ddp", "fsdp"]),
-        ("tensor_parallel", ["tensor_parallel", "tensor_parallel_with_norms", "refusals"]),
+        (
+            "tensor_parallel",
+            [
+                "tensor_parallel",
+                "tensor_parallel_with_norms",
+                "tensor_parallel_with_separate_projections",
+                "refusals",
+            ],
+        ),
         ("sharding", ["sharding_of_attention", "sharding_of_packed", "sharding_of_patch_embed"]),
     ],
 )

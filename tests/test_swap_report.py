@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fastvit
+from fastvit import scaled_dot_product_attention
 from fastvit.modules.attention import FusedAttentionForward
 from fastvit.swap import SwapReport, swap, unswap
 from fastvit.testing import livened
@@ -112,6 +114,47 @@ def test_patch_embed_with_size() -> None:
     assert actual_size == size == torch.Size((4, 4))
     with pytest.raises(AssertionError, match=r"multiples of 8"):
         module(images(2, 36))
+
+
+class Mixer(nn.Module):
+    """An attention whose name does not say so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(48, 144), nn.Linear(48, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).unflatten(-1, (3, 3, -1)).permute(2, 0, 3, 1, 4)
+        heads = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+        return self.proj(heads.transpose(1, 2).flatten(2))
+
+
+class AlreadyOurs(Mixer):
+    """One that calls fastvit by itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).unflatten(-1, (3, 3, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(fastvit.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+
+
+class OursByName(Mixer):
+    """Another."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).unflatten(-1, (3, 3, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+
+
+def test_an_attention_of_another_name_is_reported() -> None:
+    model = nn.Sequential(Mixer(), nn.Sequential(Mixer()), AlreadyOurs(), OursByName())
+    expected = model(images(1, 48)[0])
+    report = swap(model)
+    assert [(row.name, row.action) for row in report.rows] == [("0", "left alone"), ("1.0", "left alone")]
+    name = "tests.test_swap_report.Mixer"
+    assert report.rows[0].reason == f"no fused version of {name}, which calls scaled_dot_product_attention"
+    with pytest.raises(ValueError, match=r"^strict: got True"):
+        swap(model, strict=True)
+    assert torch.equal(model(images(1, 48)[0]), expected)
 
 
 def test_report_reads_well() -> None:

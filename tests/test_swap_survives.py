@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.func import functional_call, grad, jvp, vmap
 
 from fastvit.swap import swap
@@ -259,16 +260,55 @@ def test_int8_weights(name: str, when: str) -> None:
         assert (plain(x()) - build(name)(x())).abs().max() > 1e-4
 
 
-@of(*CLIPS)
-def test_compile_with_a_dynamic_batch(name: str) -> None:
-    model = build(name)
+class Resized(nn.Module):
+    """transformers' CLIP tower on images of any size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        transformers = pytest.importorskip("transformers")
+        sizes = {"hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 128}
+        config = transformers.CLIPVisionConfig(**sizes, image_size=SIZE, patch_size=8)
+        self.model = transformers.CLIPVisionModel(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the pooled output."""
+        return self.model(pixel_values=x, interpolate_pos_encoding=True).pooler_output
+
+
+def timms_of_any_size(name: str) -> nn.Module:
+    timm = pytest.importorskip("timm")
+    return timm.create_model(name, depth=2, img_size=SIZE, patch_size=8, num_classes=10, dynamic_img_size=True)
+
+
+# A model, whether it takes images of any size, and the ops that it runs.
+COMPILED: dict[str, tuple[Callable[[], nn.Module], bool, set[str]]] = {
+    "open_clip": (open_clips, False, {PACKED, PATCHES}),
+    "open_clip's own attention": (open_clips_own, False, {SEPARATE, PATCHES}),
+    "transformers' SigLIP": (transformers_, False, {SEPARATE, PATCHES}),
+    "transformers' CLIP": (Resized, True, {SEPARATE, PATCHES}),
+    "timm's EVA": (lambda: timms_of_any_size("eva02_tiny_patch14_224"), True, {SEPARATE, PATCHES}),
+    "timm's DINOv3": (lambda: timms_of_any_size("vit_small_patch16_dinov3"), True, {SEPARATE, PATCHES}),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compile_with_a_dynamic_batch_and_two_image_sizes(name: str) -> None:
+    make, is_any_size, ops = COMPILED[name]
+    torch.manual_seed(0)
+    model = lively(make()).eval()
     swap(model, strict=True)
     torch._dynamo.reset()
+    counters.clear()
     compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
+    calls = [(2, SIZE), (5, SIZE), (3, SIZE)] + ([(4, SIZE + 16), (5, SIZE + 32)] if is_any_size else [])
+    graphs = []
     with torch.no_grad():
-        for batch in (2, 5):
-            torch.testing.assert_close(compiled(x(batch)), model(x(batch)), rtol=1e-4, atol=1e-4)
-        assert ops_run(lambda: compiled(x(5))) == MODELS[name][1]
+        for batch, size in calls:
+            torch.testing.assert_close(compiled(images(batch, size)), model(images(batch, size)), rtol=1e-4, atol=1e-4)
+            graphs.append(counters["stats"]["unique_graphs"])
+        assert ops_run(lambda: compiled(images(*calls[-1]))) == ops
+    # The second batch makes its size dynamic, the second image its own.
+    assert graphs == [1, 2, 2, 3, 3][: len(calls)]
 
 
 @of("torchvision", "transformers", "torch.nn", *CLIPS)

@@ -154,7 +154,11 @@ def test_naflex_masks_its_padding() -> None:
         return module({"patches": filled, "patch_coord": coordinates, "patch_valid": valid})
 
     truth, own = padded(copy.deepcopy(model).double(), 0.0, torch.float64), padded(model, 0.0)
-    assert swap(model).counts == {"fused": 2}
+    report = swap(model)
+    assert report.counts == {"left alone": 1, "fused": 2}
+    (embeds,) = report.left_alone
+    assert (embeds.name, embeds.original_type) == ("embeds", "NaFlexEmbeds")
+    assert embeds.reason == "a Linear on patches that were cut out beforehand: no convolution to replace"
     assert ops_run(lambda: padded(model, 0.0)) == {PACKED, SEPARATE}
     comparison = compare(padded(model, 0.0), truth, own, "logits")
     assert comparison.passed, comparison

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from fastvit.adapters.torch_nn import FusedPatchConv2d
 from fastvit.modules.multihead_attention import FusedMultiheadAttention
@@ -230,13 +231,15 @@ def test_compile_with_a_dynamic_batch() -> None:
     model = tiny()
     swap(model)
     torch._dynamo.reset()
+    counters.clear()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
-    for batch in (2, 5):
+    for batch in (2, 5, 3):
         actual, expected = compiled(x(batch)), model(x(batch))
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
         gradients = [torch.autograd.grad(y.square().sum(), model.class_token)[0] for y in (actual, expected)]
         torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
     assert ops_run(lambda: compiled(x(5))) == {PACKED, PATCHES}
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_export_with_a_dynamic_batch() -> None:

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import sys
 import warnings
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 
@@ -36,6 +36,9 @@ _FUSED: SwapTable = {}
 
 # Adapters of libraries in a version that they cannot import; each is tried and warned about once.
 _UNSUPPORTED: set[str] = set()
+
+# The fused classes of subclasses that nobody registered, made when the first model with one is swapped.
+_DERIVED: SwapTable = {}
 
 # Every fused class there ever was, so that a module swapped before a replacement can still be taken back.
 _ORIGINALS: dict[type[nn.Module], type[nn.Module]] = {}
@@ -145,7 +148,45 @@ def registered() -> SwapTable:
                 continue
             # A library with one file for each model is imported piece by piece, and so is its adapter.
             getattr(loaded, "register_loaded", lambda: None)()
-    return dict(_FUSED)
+    return {**_DERIVED, **_FUSED}
+
+
+def registered_for(model: nn.Module) -> SwapTable:
+    """Return the table, with a class for each subclass in ``model`` that is known to compute what its base does."""
+    table = registered()
+    for kind in {type(module) for module in model.modules()} - table.keys():
+        base = next((original for original in kind.__mro__ if original in _FUSED), None)
+        if base and not issubclass(kind, FusedForward) and _FUSED[base].fastvit_derives(kind):
+            table[kind] = derived_class(_FUSED[base], kind)
+    return table
+
+
+def derived_class(fused: type[FusedForward], kind: type[nn.Module]) -> type[FusedForward]:
+    """Return the one class that puts ``fused`` in front of a subclass of its plain class."""
+    if kind not in _DERIVED:
+        contents = {"__module__": fused.__module__, "__doc__": fused.__doc__, "__reduce_ex__": _reduce_derived}
+        made = type(f"Fused{kind.__name__}", (fused, kind), contents)
+        _DERIVED[kind], _ORIGINALS[made] = made, kind
+    return _DERIVED[kind]
+
+
+# pickle finds a class by its name, and one that was made has none.
+def _reduce_derived(module: Any, protocol: Any) -> tuple[Any, ...]:
+    fused, kind = type(module).__bases__
+    return _new_derived, (fused, kind), module.__getstate__()
+
+
+def _new_derived(fused: type[FusedForward], kind: type[nn.Module]) -> nn.Module:
+    made = derived_class(fused, kind)
+    return made.__new__(made)
+
+
+def runs_fused(module: nn.Module) -> bool:
+    """Return whether a swap makes this module run an op, or has done so."""
+    if isinstance(module, FusedForward):
+        return True
+    fused = _FUSED.get(type(module))
+    return fused is not None and fused.fastvit_recognises(module) and not fused.fastvit_obstacles(module)
 
 
 def original_classes() -> dict[type[nn.Module], type[nn.Module]]:

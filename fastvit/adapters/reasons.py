@@ -5,6 +5,8 @@ Names only: nothing here imports a library. A class that is not in the table is 
 
 from __future__ import annotations
 
+import dis
+import inspect
 import re
 
 from torch import nn
@@ -12,6 +14,9 @@ from torch import nn
 # What a person would call an attention layer, and that or a patch embedding, by its class name.
 LOOKS_LIKE_ATTENTION = re.compile("attention|attn", re.IGNORECASE)
 LOOKS_LIKE_ONE = re.compile(f"{LOOKS_LIKE_ATTENTION.pattern}|patch_?embed|hybrid_?embed", re.IGNORECASE)
+
+# What a layer of any name calls to attend.
+ATTENTION_FUNCTIONS = frozenset({"scaled_dot_product_attention", "flex_attention", "memory_efficient_attention"})
 
 WINDOWED = "attention in windows with a relative position bias and a mask: left alone until the op carries windows"
 WINDOWS_AND_GRIDS = "attention in windows and grids with a relative position bias: left alone until the op carries both"
@@ -95,6 +100,7 @@ _TIMM = {
     "models.mobilevit.LinearSelfAttention": LINEAR,
     "models.mvitv2.MultiScaleAttention": POOLED,
     "models.mvitv2.MultiScaleAttentionPoolFirst": POOLED,
+    "models.naflexvit.NaFlexEmbeds": PRE_PATCHED,
     "models.nest.Attention": WINDOWS_ONLY,
     "models.nextvit.ConvAttention": GATED,
     "models.nextvit.EfficientAttention": SHORTENED,
@@ -136,6 +142,8 @@ _TRANSFORMERS = {
     "audio_spectrogram_transformer.modeling_audio_spectrogram_transformer.ASTPatchEmbeddings": (
         OVERLAPPING.format("convolution of a spectrogram")
     ),
+    "swin.modeling_swin.SwinAttention": WINDOWED,
+    "swinv2.modeling_swinv2.Swinv2SelfAttention": COSINE,
 }
 REASONS = {
     **{f"timm.{name}": reason for name, reason in _TIMM.items()},
@@ -144,6 +152,24 @@ REASONS = {
 }
 
 
-def why_not_fused(kind: type[nn.Module]) -> str | None:
-    """Return why this class has no fused version, None if the table does not know it."""
-    return REASONS.get(f"{kind.__module__}.{kind.__qualname__}")
+def why_not_fused(module: nn.Module) -> str | None:
+    """Return why the class of this module has no fused version, None if the table does not know it."""
+    kind = type(module)
+    reason = REASONS.get(f"{kind.__module__}.{kind.__qualname__}")
+    has_convolution = any(isinstance(child, nn.Conv2d) for child in module.children())
+    return None if reason == PRE_PATCHED and has_convolution else reason
+
+
+def attends_by(kind: type[nn.Module]) -> str | None:
+    """Return the function by which this class's own forward attends, whatever the class is called; None if by none."""
+    forward = inspect.unwrap(kind.forward)
+    code = getattr(forward, "__code__", None)
+    if code is None or "fastvit" in code.co_names or not ATTENTION_FUNCTIONS.intersection(code.co_names):
+        return None
+    for step in dis.get_instructions(code):
+        if step.argval in ATTENTION_FUNCTIONS:
+            named = forward.__globals__.get(step.argval) if step.opname == "LOAD_GLOBAL" else None
+            # Imported by name it may be fastvit's own.
+            if not str(getattr(named, "__module__", "")).startswith("fastvit."):
+                return str(step.argval)
+    return None

@@ -6,12 +6,12 @@ no class of their own: the nn.MultiheadAttention modules inside are swapped.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from fastvit.adapters import register_swap
+from fastvit.adapters import register_swap, runs_fused
 from fastvit.kernels.spec import PatchEmbedSpec
 from fastvit.modules.fused import FusedForward, own_obstacles
 from fastvit.modules.multihead_attention import FusedMultiheadAttention
@@ -35,17 +35,28 @@ class FusedTransformerEncoderLayer(FusedForward, nn.TransformerEncoderLayer):
 
     fastvit_kind = "encoder layer"
     fastvit_container = True
+    fastvit_around: ClassVar[str] = "the encoder layer around it is left alone and may bypass it in inference"
+
+    @classmethod
+    def fastvit_derives(cls, kind: type[nn.Module]) -> bool:
+        """Return whether a subclass computes what torch's class does: it changes none of these three methods."""
+        methods = ("forward", "_sa_block", "_ff_block")
+        return all(getattr(kind, name) is getattr(nn.TransformerEncoderLayer, name) for name in methods)
 
     @classmethod
     def fastvit_obstacles(cls, module: nn.Module) -> list[str]:
-        """Return why ``module`` would gain nothing or cannot take this forward; empty means that it can."""
+        """Return why ``module`` would gain nothing or cannot take this forward; empty means that it can.
+
+        Whatever ``self_attn`` is, it is called; but where nothing in it runs fused there is nothing to gain.
+        """
         if obstacles := own_obstacles(module):
             return obstacles
+        if obstacles := [f"its {name} was replaced" for name in ("_sa_block", "_ff_block") if name in vars(module)]:
+            return obstacles
         attention = module._modules.get("self_attn")
-        if attention is None or type(attention) not in (nn.MultiheadAttention, FusedMultiheadAttention):
-            return [f"its self_attn is a {type(attention).__module__}.{type(attention).__qualname__}"]
-        if FusedMultiheadAttention.fastvit_obstacles(attention):
-            return ["its self_attn is left alone"]
+        if attention is None or not any(runs_fused(child) for child in attention.modules()):
+            kind = type(attention)
+            return [f"nothing in its self_attn, a {kind.__module__}.{kind.__qualname__}, can run fused"]
         return []
 
     @classmethod

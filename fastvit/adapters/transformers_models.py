@@ -21,7 +21,7 @@ from fastvit.adapters.reasons import LOOKS_LIKE_ATTENTION
 from fastvit.adapters.transformers_attention import EAGER, SDPA, register, weight_readers
 from fastvit.adapters.transformers_pool import FusedMaskedPoolingHeadForward, FusedPoolingHeadForward
 from fastvit.kernels.spec import MAX_HEAD_DIM, AttentionSpec, PatchEmbedSpec
-from fastvit.modules.fused import FusedForward, has_hooks, has_own_forward, own_obstacles
+from fastvit.modules.fused import FusedForward, has_own_forward, hook_on, own_obstacles
 from fastvit.ops import patch_embed
 
 # The implementations whose masks mean what ours do: None, a bool or an additive [B, 1 or H, Nq, Nk]. A layer that was
@@ -225,8 +225,8 @@ class FusedFlatPatchEmbedForward(FusedForward):
 def _why_call(proj: nn.Module) -> str | None:
     if type(proj) is not nn.Conv3d or has_own_forward(proj):
         return f"proj is a {type(proj).__name__} with a forward of its own"
-    if has_hooks(proj):
-        return "proj has a hook, which fires only if proj is called"
+    if hook := hook_on(proj):
+        return f"proj has {hook}, which fires only if proj is called"
     if proj.stride != proj.kernel_size or proj.padding not in ((0, 0, 0), "valid"):
         return f"proj has stride {proj.stride} and padding {proj.padding} with kernel {proj.kernel_size}"
     if proj.dilation != (1, 1, 1) or proj.groups != 1:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torchs_module
 
 from fastvit.modules.fused import FusedForward, own_obstacles
 from fastvit.modules.multihead_attention import FusedMultiheadAttention
@@ -108,4 +109,6 @@ def _why_weights(attention: nn.Module) -> str | None:
     # parametrize and fully_shard derive a class of their own from the fused one; other subclasses do as they like.
     if type(attention) is not nn.MultiheadAttention and not isinstance(attention, FusedMultiheadAttention):
         return f"attention is a {type(attention).__name__}, which may want its weights"
-    return "a hook on attention may read the attention weights" if attention._forward_hooks else None
+    if attention._forward_hooks:
+        return "a hook on attention may read the attention weights"
+    return "a global hook may read the attention weights" if torchs_module._global_forward_hooks else None

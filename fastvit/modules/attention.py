@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvit.kernels.spec import MAX_HEAD_DIM, AttentionSpec
-from fastvit.modules.fused import FusedForward, has_hooks, has_own_forward, own_obstacles
+from fastvit.modules.fused import FusedForward, has_global_hooks, has_hooks, has_own_forward, hook_on, own_obstacles
 from fastvit.ops import attention, attention_qkvpacked
 from fastvit.ops.backends import check_backend_name
 
@@ -182,12 +182,15 @@ def _matrix_readers(module: nn.Module) -> list[str]:
             readers.append(f"{name} is a {type(child).__name__} of its own making")
         elif has_hooks(child):
             readers.append(f"a hook on {name} wants the attention matrix")
+        # A hook on every module was not meant for this one: it misses what the plain forward would call, no more.
+        elif has_global_hooks() and not (name == "attn_drop" and getattr(module, "fused_attn", False)):
+            readers.append(f"a global hook fires on {name} only if it is called")
     return readers
 
 
 def is_no_op(norm: nn.Module | None) -> bool:
     """Return whether a normalisation is absent, or an Identity that nobody listens to."""
-    return norm is None or (type(norm) is nn.Identity and not has_hooks(norm))
+    return norm is None or (type(norm) is nn.Identity and hook_on(norm) is None)
 
 
 class _PlainAttention(nn.Module):

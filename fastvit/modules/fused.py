@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 from torch import nn
+from torch.nn.modules import module as torchs_module
 
 from fastvit.kernels.spec import Spec
 
@@ -22,12 +23,19 @@ class FusedForward(nn.Module):
     fastvit_kind: ClassVar[str]
     # A layer around other layers, whose children have rows and classes of their own.
     fastvit_container: ClassVar[bool] = False
+    # What the rows of the layers inside have to say where a container of this kind is left alone.
+    fastvit_around: ClassVar[str] = ""
     _fastvit_backend: str | None = None
 
     @classmethod
     def fastvit_recognises(cls, module: nn.Module) -> bool:
         """Return whether an instance of the plain class is such a layer: not every convolution embeds patches."""
         return True
+
+    @classmethod
+    def fastvit_derives(cls, kind: type[nn.Module]) -> bool:
+        """Return whether this subclass of the plain class is known to compute the same, and may be swapped too."""
+        return False
 
     @classmethod
     def fastvit_obstacles(cls, module: nn.Module) -> list[str]:
@@ -70,6 +78,23 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def has_global_hooks() -> bool:
+    """Return whether a hook is registered for every module there is, as tools that count by module do."""
+    return bool(
+        torchs_module._global_forward_hooks
+        or torchs_module._global_forward_pre_hooks
+        or torchs_module._global_backward_hooks
+        or torchs_module._global_backward_pre_hooks
+    )
+
+
+def hook_on(module: nn.Module) -> str | None:
+    """Return what a call of ``module`` would fire, "a hook" or "a global hook"; None if nobody listens."""
+    if has_hooks(module):
+        return "a hook"
+    return "a global hook" if has_global_hooks() else None
 
 
 def has_own_forward(module: nn.Module) -> bool:

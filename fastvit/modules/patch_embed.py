@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvit.kernels.spec import PatchEmbedSpec, patch_grid
-from fastvit.modules.fused import FusedForward, has_hooks, has_own_forward, own_obstacles
+from fastvit.modules.fused import FusedForward, has_own_forward, hook_on, own_obstacles
 from fastvit.ops import patch_embed
 from fastvit.ops.backends import check_backend_name
 
@@ -153,8 +153,8 @@ def why_call(proj: nn.Module, overlaps: bool = False) -> str | None:
     """Return why ``proj`` has to be called, None if the op can; ``overlaps`` allows any stride and padding."""
     if not isinstance(proj, nn.Conv2d) or type(proj).forward is not nn.Conv2d.forward or has_own_forward(proj):
         return f"proj is a {type(proj).__name__} with a forward of its own"
-    if has_hooks(proj):
-        return "proj has a hook, which fires only if proj is called"
+    if hook := hook_on(proj):
+        return f"proj has {hook}, which fires only if proj is called"
     tiles = proj.stride == proj.kernel_size and proj.padding in ((0, 0), "valid")
     known_padding = isinstance(proj.padding, tuple) and proj.padding_mode == "zeros"
     if not (tiles or (overlaps and known_padding)):
