@@ -137,6 +137,61 @@ inline void split_b(const In* source, int64_t stride, int64_t lanes, int64_t k, 
   }
 }
 
+constexpr int64_t kAhead = 3 * kTileDepth;  // of k, to the elements asked for in advance
+
+template <class In>
+[[gnu::always_inline]] inline Vec<float> load_all(const In* source) {
+  return load_first(source, kTileSide);
+}
+
+template <int Parts>
+[[gnu::always_inline]] inline void split_loaded(Vec<float> low, Vec<float> high, BFloat16* row, Range& range) {
+  range.add(split_pair<Parts, true>((__m512)low, (__m512)high, row));
+}
+
+// Packs 16 lanes of an operand A, of which the first `count` count: at(lane, k) points to their elements from k on.
+template <int Parts, class At>
+inline void split_lanes(int64_t count, int64_t k, const At& at, BFloat16* target, Range& range) {
+  for (int64_t first = 0; first < k; first += kTileDepth) {
+    for (int64_t i = 0; i < count; ++i) {
+      BFloat16* row = target + i * kTileDepth;
+      if (k - first >= kTileDepth) {
+        // Lanes lie apart, and there are too many for the processor to see where each goes on.
+        const int64_t next = min64(first + kAhead, k - kTileDepth);
+        _mm_prefetch(at(i, next), _MM_HINT_T0);
+        _mm_prefetch(at(i, next + kTileSide), _MM_HINT_T0);
+        split_loaded<Parts>(load_all(at(i, first)), load_all(at(i, first + kTileSide)), row, range);
+      } else {
+        const Vec<float> low = load_first(at(i, first), k - first);
+        const bool more = k - first > kTileSide;
+        split_loaded<Parts>(low, more ? load_first(at(i, first + kTileSide), k - first - kTileSide) : Vec<float>{}, row,
+                            range);
+      }
+    }
+    target += SplitMatrix<Parts>::kStep;
+  }
+}
+
+// Packs a step of k of an operand B, of which the first `count` rows count: at(k, lane) points to their elements from
+// that lane on.
+template <int Parts, class At>
+inline void split_depth(int64_t count, int64_t lanes, const At& at, BFloat16* target, int64_t target_stride,
+                        Range& range) {
+  for (int64_t lane = 0; lane < lanes; lane += kTileSide) {
+    for (int64_t i = 0; i < kTileSide; ++i) {
+      BFloat16* row = target + i * kTileDepth;
+      if (count == kTileDepth && lanes - lane >= kTileSide) {
+        split_loaded<Parts>(load_all(at(i, lane)), load_all(at(i + kTileSide, lane)), row, range);
+      } else {
+        const Vec<float> low = i < count ? load_first(at(i, lane), lanes - lane) : Vec<float>{};
+        const bool more = i + kTileSide < count;
+        split_loaded<Parts>(low, more ? load_first(at(i + kTileSide, lane), lanes - lane) : Vec<float>{}, row, range);
+      }
+    }
+    target += target_stride;
+  }
+}
+
 // Transposes 16 rows of 16 elements, times `factor`; zero beyond the given rows and columns.
 template <class In>
 [[gnu::always_inline]] inline void load_square_transposed(const In* source, int64_t stride, int64_t rows,
