@@ -18,6 +18,8 @@ from tests.swapping import PACKED, PATCHES, SEPARATE, images, normal, ops_run
 from tests.torch_paths import lively, step, torchs_own
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+# The rule compares the largest errors: over the few tokens of a few images that is luck.
+IMAGES = 15
 
 
 class Joined(nn.Module):
@@ -35,7 +37,7 @@ class Joined(nn.Module):
 
 
 def words(length: int) -> Tensor:
-    return torch.randint(2, 90, (3, length), generator=torch.Generator().manual_seed(5))
+    return torch.randint(2, 90, (IMAGES, length), generator=torch.Generator().manual_seed(5))
 
 
 def open_clips() -> tuple[nn.Module, Call]:
@@ -43,7 +45,7 @@ def open_clips() -> tuple[nn.Module, Call]:
     kind = pytest.importorskip("open_clip.model").CLIP
     vision = {"image_size": 32, "patch_size": 8, "width": 96, "layers": 1, "head_width": 32}
     text = {"context_length": 12, "vocab_size": 99, "width": 96, "heads": 3, "layers": 1}
-    return lively(Joined(kind(32, vision, text), (0, 1))).eval(), ((images(3, 32), words(12)), {})
+    return lively(Joined(kind(32, vision, text), (0, 1))).eval(), ((images(IMAGES, 32), words(12)), {})
 
 
 def transformers_(name: str) -> tuple[nn.Module, Call]:
@@ -55,8 +57,8 @@ def transformers_(name: str) -> tuple[nn.Module, Call]:
         text_config={**sizes, **text, **options}, vision_config={**sizes, "image_size": 32, "patch_size": 8}, **options
     )
     model = getattr(library, f"{name}Model")(config)
-    mask = torch.arange(12) < torch.tensor([12, 7, 3])[:, None]
-    call = ((images(3, 32), words(12)), {"attention_mask": mask.long()})
+    mask = torch.arange(12) < torch.tensor([12, 7, 3] * 5)[:, None]
+    call = ((images(IMAGES, 32), words(12)), {"attention_mask": mask.long()})
     return lively(Joined(model, ("image_embeds", "text_embeds"))).eval(), call
 
 

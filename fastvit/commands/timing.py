@@ -58,7 +58,8 @@ class Clock:
     def processors_busy_elsewhere(self) -> float:
         """Return how many processors others kept busy on average, 0 where that is unknown."""
         elapsed, busy, own = (now - then for now, then in zip(self._read(), self._start, strict=True))
-        return max(busy - own, 0.0) / elapsed if busy else 0.0
+        # The kernel counts in ticks of 10 ms: over a shorter time one of them may be more than there is.
+        return min(max(busy - own, 0.0) / elapsed, os.cpu_count() or 1) if busy else 0.0
 
     @staticmethod
     def _read() -> tuple[float, float, float]:
