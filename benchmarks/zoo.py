@@ -37,8 +37,13 @@ def architectures() -> Iterator[Architecture]:
     yield from _torch_nn()
 
 
-def _images(size: int, batch: int = 1) -> Tensor:
-    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(7))
+def _images(size: int, batch: int = 1, seed: int = 7) -> Tensor:
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+# MViTv2 pools by maxima: where two of nine values are a rounding apart its gradients jump, PyTorch's own too when the
+# image moves by a rounding. This image has no such pair; those of seeds 7 to 9 have.
+SEEDS = {"mvitv2_tiny": 11}
 
 
 # Name (what follows in brackets says what differs from timm's), image size, options that make it two layers deep.
@@ -87,7 +92,8 @@ def _timm() -> Iterator[Architecture]:
         return model
 
     for name, size, options in TIMM:
-        yield Architecture("timm", name, lambda name=name, options=options: build(name, options), (_images(size),))
+        yield Architecture("timm", name, lambda name=name, options=options: build(name, options),
+                           (_images(size, seed=SEEDS.get(name, 7)),))  # fmt: skip
 
 
 # Width, heads, MLP width, patch size and image size.
