@@ -36,7 +36,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         " -Wno-maybe-uninitialized"
     )
     INSTRUCTION_SETS["avx512_bf16"] = INSTRUCTION_SETS["avx512"] + " -mavx512bf16"
-    INSTRUCTION_SETS["amx"] = INSTRUCTION_SETS["avx512_bf16"] + " -mamx-tile -mamx-bf16"
+    INSTRUCTION_SETS["amx"] = INSTRUCTION_SETS["avx512_bf16"] + " -mamx-tile -mamx-bf16 -mprfchw"
 
 
 def find_torch() -> Path:

@@ -255,6 +255,7 @@ class AttentionBackward {
   static void load_block(const View4& view, const QueryBlock<T>& block, int64_t columns, T factor, T* rows, T* lanes) {
     const In* source = head_of<In>(view, block.batch, block.head) + block.first * view.row_stride;
     const int64_t padded = round_up(columns, L);
+    fetch_rows(source, view.row_stride, block.count, columns);
     for (int64_t r = 0; r < block.count; ++r) {
       for (int64_t c = 0; c < columns; c += L) {
         store(rows + r * padded + c, load_first(source + r * view.row_stride + c, columns - c) * factor);

@@ -20,7 +20,7 @@ class AttentionBackwardTiles : private AttentionBackward<In> {
   static_assert(W == kTileDepth, "a block of queries is one step of k");
 
  public:
-  explicit AttentionBackwardTiles(const AttentionBackwardParams& p) : Base(p), plain_(p) {
+  explicit AttentionBackwardTiles(const AttentionBackwardParams& p) : Base(p), plain_(p), part_(part_of(p.seqlen_k)) {
     if (!split_pays<In>(p)) return;
     groups_ = ceil_div(this->blocks_, kGroupBlocks);
     this->leaves_ = max64(1, min64(groups_, kLeaves));
@@ -85,12 +85,15 @@ class AttentionBackwardTiles : private AttentionBackward<In> {
     grad_output_lanes_ = SplitMatrix<P>::take(arena, W, p_.head_dim_v);
     query_rows_ = SplitMatrix<P>::take(arena, p_.head_dim, kGroupQueries);
     grad_output_rows_ = SplitMatrix<P>::take(arena, p_.head_dim_v, kGroupQueries);
-    probabilities_ = SplitMatrix<kComputed>::take(arena, padded_keys, kGroupQueries);
-    grad_scores_ = SplitMatrix<kComputed>::take(arena, padded_keys, kGroupQueries);
-    grad_scores_lanes_ = SplitMatrix<kComputed>::take(arena, W, keys);
-    scores_ = arena.take<float>(padded_keys * W);
-    grad_probabilities_ = arena.take<float>(padded_keys * W);
-    grad_query_lanes_ = arena.take<float>(round_up(p_.head_dim, kTileSide) * W);
+    probabilities_ = SplitMatrix<kComputed>::take(arena, part_, kGroupQueries);
+    grad_scores_ = SplitMatrix<kComputed>::take(arena, part_, kGroupQueries);
+    grad_scores_lanes_ = SplitMatrix<kComputed>::take(arena, W, part_);
+    for (Block& block : block_) {
+      const bool shared = part_ >= keys && &block != block_;
+      block.scores = shared ? block_[0].scores : arena.take<float>(padded_keys * W);
+      block.grad_probabilities = shared ? block_[0].grad_probabilities : arena.take<float>(padded_keys * W);
+      block.grad_query_lanes = arena.take<float>(round_up(p_.head_dim, kTileSide) * W);
+    }
     sum_ = arena.take<float>(kTilePanel * max64(padded_dim_, padded_dim_v_));
     bias_rows_ = arena.take<float>(bias_size);
     bias_lanes_ = arena.take<float>(bias_size);
@@ -146,14 +149,30 @@ class AttentionBackwardTiles : private AttentionBackward<In> {
   void run_group(int64_t group, float* sums, bool opens) {
     const int64_t begin = group * kGroupQueries, queries = min64(kGroupQueries, p_.seqlen_q - begin);
     const int64_t keys = p_.is_causal ? min64(p_.seqlen_k, begin + queries) : p_.seqlen_k;
-    for (int64_t first = 0; first < queries; first += W) {
-      run_block({batch_, head_, begin + first, min64(W, queries - first)}, first, keys);
+    const int64_t blocks = ceil_div(queries, W);
+    for (int64_t b = 0; b < blocks; ++b) {
+      block_[b].queries = {batch_, head_, begin + b * W, min64(W, queries - b * W)};
+      compute_scores(block_[b], keys);
+      if (part_ >= keys) compute_gradients(block_[b], b * W, 0, keys);
     }
     pack_rows_of(p_.query, begin, queries, p_.head_dim, scale_.queries, query_rows_);
     pack_rows_of(p_.grad_output, begin, queries, p_.head_dim_v, 1, grad_output_rows_);
-    const int64_t steps = ceil_div(queries, W);
-    add_product(probabilities_, grad_output_rows_, keys, padded_dim_v_, steps, this->value_sums(sums), opens);
-    add_product(grad_scores_, query_rows_, keys, padded_dim_, steps, sums, opens);
+    for (int64_t first = 0; first < keys; first += part_) {
+      const int64_t count = min64(part_, keys - first);
+      for (int64_t b = 0; part_ < keys && b < blocks; ++b) compute_gradients(block_[b], b * W, first, count);
+      add_product(probabilities_, grad_output_rows_, count, padded_dim_v_, blocks,
+                  this->value_sums(sums) + first * padded_dim_v_, opens);
+      add_product(grad_scores_, query_rows_, count, padded_dim_, blocks, sums + first * padded_dim_, opens);
+    }
+    // Where the sums begin here, keys beyond these have none yet.
+    for (int64_t i = keys * padded_dim_; opens && i < p_.seqlen_k * padded_dim_; i += L) store(sums + i, Vec<float>{});
+    for (int64_t i = keys * padded_dim_v_; opens && i < p_.seqlen_k * padded_dim_v_; i += L) {
+      store(this->value_sums(sums) + i, Vec<float>{});
+    }
+    for (int64_t b = 0; b < blocks; ++b) {
+      grad_query_lanes_ = block_[b].grad_query_lanes;
+      this->write_grad_query(block_[b].queries);
+    }
   }
 
   void pack_rows_of(const View4& view, int64_t first, int64_t count, int64_t columns, float factor,
@@ -163,7 +182,23 @@ class AttentionBackwardTiles : private AttentionBackward<In> {
             ignored);
   }
 
-  // sums [keys][padded] += A · B, or = where the sums begin here; then keys beyond these have none yet.
+  // What a group keeps of one of its blocks.
+  struct Block {
+    QueryBlock<float> queries;
+    Rows rows[kTileVectors];
+    float *scores, *grad_probabilities;  // [keys][W]
+    float* grad_query_lanes;
+  };
+
+  // Keys whose P and dS are kept for the products that sum over a group's queries. All, while they stay in the
+  // second-level cache: a block's are computed when its scores still are in the first. Else some at a time, which costs
+  // a place for the scores of each block.
+  static int64_t part_of(int64_t keys) {
+    constexpr int64_t kAll = 640, kPart = 256;
+    return keys <= kAll ? round_up(keys, kTilePanel) : round_up(ceil_div(keys, ceil_div(keys, kPart)), kTilePanel);
+  }
+
+  // sums [keys][padded] += A · B, or = where the sums begin here.
   void add_product(const SplitMatrix<kComputed>& a, const SplitMatrix<P>& b, int64_t keys, int64_t padded,
                    int64_t steps, float* sums, bool opens) const {
     for (int64_t key = 0; key < keys; key += kTilePanel) {
@@ -177,65 +212,72 @@ class AttentionBackwardTiles : private AttentionBackward<In> {
         store(target + i, opens ? load(sum_ + i) : load(target + i) + load(sum_ + i));
       }
     }
-    for (int64_t i = keys * padded; opens && i < p_.seqlen_k * padded; i += L) store(sums + i, Vec<float>{});
   }
 
-  // P, dS and dQ of a block, which begins at query `place` of its group.
-  void run_block(const QueryBlock<float>& block, int64_t place, int64_t keys) {
+  // The exponentials of a block's scores, and dP.
+  void compute_scores(Block& block, int64_t keys) {
+    const QueryBlock<float>& queries = block.queries;
+    float *scores = block.scores, *grad_probabilities = block.grad_probabilities;
     Range ignored;
-    split_b_transposed(head_of<In>(p_.query, batch_, head_) + block.first * p_.query.row_stride, p_.query.row_stride,
-                       block.count, p_.head_dim, scale_.queries, query_lanes_, ignored);
-    split_b_transposed(head_of<In>(p_.grad_output, batch_, head_) + block.first * p_.grad_output.row_stride,
-                       p_.grad_output.row_stride, block.count, p_.head_dim_v, 1.0f, grad_output_lanes_, ignored);
-    split_product(key_, query_lanes_, keys, block.count, key_.steps, false, scores_, W);
-    finish_scores(p_, block, scale_.scores, 0, keys, scores_, bias_rows_, bias_lanes_);
-    split_product(value_, grad_output_lanes_, keys, block.count, value_.steps, false, grad_probabilities_, W);
-    Rows rows[kTileVectors] = {};
-    for (int v = 0; v < block.vectors(); ++v) {
-      rows[v] = this->exponentials(block, v, keys, scores_ + v * L, grad_probabilities_ + v * L);
+    split_b_transposed(head_of<In>(p_.query, batch_, head_) + queries.first * p_.query.row_stride, p_.query.row_stride,
+                       queries.count, p_.head_dim, scale_.queries, query_lanes_, ignored);
+    split_b_transposed(head_of<In>(p_.grad_output, batch_, head_) + queries.first * p_.grad_output.row_stride,
+                       p_.grad_output.row_stride, queries.count, p_.head_dim_v, 1.0f, grad_output_lanes_, ignored);
+    split_product(key_, query_lanes_, keys, queries.count, key_.steps, false, scores, W);
+    split_product(value_, grad_output_lanes_, keys, queries.count, value_.steps, false, grad_probabilities, W);
+    finish_scores(p_, queries, scale_.scores, 0, keys, scores, bias_rows_, bias_lanes_);
+    for (int v = 0; v < kTileVectors; ++v) {
+      block.rows[v] = v < queries.vectors()
+                          ? this->exponentials(queries, v, keys, scores + v * L, grad_probabilities + v * L)
+                          : Rows{};
     }
     // Beyond the keys, and in lanes without a query, there is 0 · 0.
-    const int64_t padded_keys = round_up(keys, kTileDepth);
-    for (int64_t i = keys * W; i < padded_keys * W; i += L) {
-      store(scores_ + i, Vec<float>{});
-      store(grad_probabilities_ + i, Vec<float>{});
+    for (int64_t i = keys * W; i < round_up(keys, kTilePanel) * W; i += L) {
+      store(scores + i, Vec<float>{});
+      store(grad_probabilities + i, Vec<float>{});
     }
-    for (int64_t j = 0; block.vectors() == 1 && j < keys; ++j) {
-      store(scores_ + j * W + L, Vec<float>{});
-      store(grad_probabilities_ + j * W + L, Vec<float>{});
+    for (int64_t j = 0; queries.vectors() == 1 && j < keys; ++j) {
+      store(scores + j * W + L, Vec<float>{});
+      store(grad_probabilities + j * W + L, Vec<float>{});
     }
-    for (int64_t j = 0; j < padded_keys; j += kTileDepth) {
-      for (int64_t i = 0; i < kTileSide; ++i) pack_gradients(rows, j + i, place);
-    }
-    split_product(key_columns_, grad_scores_lanes_, p_.head_dim, block.count, padded_keys / kTileDepth, false,
-                  grad_query_lanes_, W);
-    this->write_grad_query(block);
   }
 
-  // P and dS of keys j and j + 16, into the operands of dK and dV, which sum over queries, and of dQ, which sums over
-  // keys.
-  [[gnu::always_inline]] void pack_gradients(const Rows (&rows)[kTileVectors], int64_t j, int64_t place) const {
+  // P and dS of keys [first, first + keys) and of a block that begins at query `place` of its group; adds their part of
+  // dQ.
+  void compute_gradients(const Block& block, int64_t place, int64_t first, int64_t keys) const {
+    const Block here = block;  // in registers: what is stored might be the block, for all that the compiler knows
+    for (int64_t j = 0; j < keys; j += kTileDepth) {
+      for (int64_t i = 0; i < kTileSide; ++i) pack_gradients(here, place, first, j + i);
+    }
+    split_product(key_columns_.from(0, first), grad_scores_lanes_, p_.head_dim, block.queries.count,
+                  ceil_div(keys, kTileDepth), first > 0, block.grad_query_lanes, W);
+  }
+
+  // P and dS of the part's keys j and j + 16, into the operands of dK and dV, which sum over queries, and of dQ, which
+  // sums over keys.
+  [[gnu::always_inline]] void pack_gradients(const Block& block, int64_t place, int64_t first, int64_t j) const {
+    const int64_t row = j % kTilePanel * kTileDepth;
     Vec<float> grad_scores[2][kTileVectors];
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
-      const int64_t key = j + i * kTileSide;
+      const int64_t key = first + j + i * kTileSide;
       Vec<float> probabilities[kTileVectors];
 #pragma GCC unroll 2
       for (int v = 0; v < kTileVectors; ++v) {
-        probabilities[v] = load(scores_ + key * W + v * L) * rows[v].inverse;
-        const Vec<float> centred = load(grad_probabilities_ + key * W + v * L) - rows[v].delta;
-        grad_scores[i][v] = probabilities[v] * (centred + rows[v].shift);
+        const Rows& rows = block.rows[v];
+        probabilities[v] = load(block.scores + key * W + v * L) * rows.inverse;
+        const Vec<float> centred = load(block.grad_probabilities + key * W + v * L) - rows.delta;
+        grad_scores[i][v] = probabilities[v] * (centred + rows.shift);
       }
-      const int64_t row = key % kTileSide * kTileDepth;
       split_pair<kComputed, false>((__m512)probabilities[0], (__m512)probabilities[1],
-                                   probabilities_.tile(key, place) + row);
+                                   probabilities_.tile(j + i * kTileSide, place) + row);
       split_pair<kComputed, false>((__m512)grad_scores[i][0], (__m512)grad_scores[i][1],
-                                   grad_scores_.tile(key, place) + row);
+                                   grad_scores_.tile(j + i * kTileSide, place) + row);
     }
 #pragma GCC unroll 2
     for (int v = 0; v < kTileVectors; ++v) {
       split_pair<kComputed, false>((__m512)grad_scores[0][v], (__m512)grad_scores[1][v],
-                                   grad_scores_lanes_.tile(v * kTileSide, j) + j % kTileSide * kTileDepth);
+                                   grad_scores_lanes_.tile(v * kTileSide, j) + row);
     }
   }
 
@@ -243,8 +285,10 @@ class AttentionBackwardTiles : private AttentionBackward<In> {
   int64_t groups_ = 0;
   SplitMatrix<P> key_{}, value_{}, key_columns_{}, query_lanes_{}, grad_output_lanes_{}, query_rows_{},
       grad_output_rows_{};
+  const int64_t part_;
   SplitMatrix<kComputed> probabilities_{}, grad_scores_{}, grad_scores_lanes_{};
-  float *scores_ = nullptr, *grad_probabilities_ = nullptr, *sum_ = nullptr;
+  Block block_[kGroupBlocks] = {};
+  float* sum_ = nullptr;
 };
 
 }  // namespace fastvit::cpu::FASTVIT_CAPABILITY

@@ -225,6 +225,11 @@ class AttentionForwardTiles {
   }
 
   void run_block(int64_t batch, int64_t head, int64_t first, int64_t count) {
+    // For writing, long before it happens. Beside bfloat16's few products this gains nothing.
+    if constexpr (!__is_same(In, BFloat16)) {
+      const In* output = head_of<In>(p_.output, batch, head) + first * p_.output.row_stride;
+      fetch_rows<true>(output, p_.output.row_stride, count, p_.head_dim_v);
+    }
     for (int64_t i = 0; i < count; ++i) {
       maximum_[i] = -kInfinity;
       sum_[i] = Vec<float>{};

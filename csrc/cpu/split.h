@@ -68,6 +68,8 @@ class Range {
 template <int Parts, bool Rounded>
 [[gnu::always_inline]] inline __m512i split_pair(__m512 low, __m512 high, BFloat16* target) {
   const __m512i half = _mm512_set1_epi32(0x8000), kept = _mm512_set1_epi32(int(0xffff0000));
+  // Of each pair of words the upper one, twice.
+  const __m512i upper_words = _mm512_set4_epi32(0x0f0e0f0e, 0x0b0a0b0a, 0x07060706, 0x03020302);
   __m512i first{};
 #pragma GCC unroll 3
   for (int part = 0; part < Parts; ++part) {
@@ -76,7 +78,7 @@ template <int Parts, bool Rounded>
     const bool last = part + 1 == Parts, cut = last || !Rounded;
     const __m512i lows = cut ? (__m512i)low : _mm512_add_epi32((__m512i)low, half);
     const __m512i highs = cut ? (__m512i)high : _mm512_add_epi32((__m512i)high, half);
-    const __m512i words = _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(lows, 16), highs);
+    const __m512i words = _mm512_mask_shuffle_epi8(highs, 0x3333333333333333, lows, upper_words);
     _mm512_storeu_si512(target + part * kTileElements, words);
     if (part == 0) first = words;
     if (!last) {
@@ -109,6 +111,7 @@ template <int Parts, class In>
 inline void split_a(const In* source, int64_t stride, int64_t lanes, int64_t k, float factor,
                     const SplitMatrix<Parts>& target, Range& range) {
   for (int64_t lane = 0; lane < round_up(lanes, kTileSide); ++lane) {
+    if (lane % kFetchedRows == 0) fetch_rows(source + lane * stride, stride, min64(kFetchedRows, lanes - lane), k);
     for (int64_t first = 0; first < k; first += kTileDepth) {
       const In* corner = source + lane * stride + first;
       const int64_t count = lane < lanes ? k - first : 0;
@@ -125,6 +128,7 @@ template <int Parts, class In>
 inline void split_b(const In* source, int64_t stride, int64_t lanes, int64_t k, float factor,
                     const SplitMatrix<Parts>& target, Range& range) {
   for (int64_t first = 0; first < k; first += kTileDepth) {
+    if (first % kFetchedRows == 0) fetch_rows(source + first * stride, stride, min64(kFetchedRows, k - first), lanes);
     for (int64_t i = 0; i < kTileSide; ++i) {
       const In* row = source + (first + i) * stride;
       for (int64_t lane = 0; lane < lanes; lane += kTileSide) {
@@ -219,6 +223,7 @@ inline void split_b_transposed(const In* source, int64_t stride, int64_t lanes, 
                                const SplitMatrix<Parts>& target, Range& range) {
   alignas(64) float low[256], high[256];
   for (int64_t lane = 0; lane < lanes; lane += kTileSide) {
+    if (lane % kFetchedRows == 0) fetch_rows(source + lane * stride, stride, min64(kFetchedRows, lanes - lane), k);
     for (int64_t first = 0; first < k; first += kTileDepth) {
       const In* corner = source + lane * stride + first;
       load_square_transposed(corner, stride, lanes - lane, k - first, factor, low);
@@ -234,6 +239,7 @@ inline void split_a_transposed(const In* source, int64_t stride, int64_t lanes, 
                                const SplitMatrix<Parts>& target, Range& range) {
   alignas(64) float low[256], high[256];
   for (int64_t first = 0; first < k; first += kTileDepth) {
+    if (first % kFetchedRows == 0) fetch_rows(source + first * stride, stride, min64(kFetchedRows, k - first), lanes);
     for (int64_t lane = 0; lane < lanes; lane += kTileSide) {
       const In* corner = source + first * stride + lane;
       load_square_transposed(corner, stride, k - first, lanes - lane, 1.0f, low);
