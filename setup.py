@@ -32,11 +32,11 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     INSTRUCTION_SETS["avx2"] = "-mavx2 -mfma -mf16c"
     # GCC 12's own AVX-512 headers read a register before it is written, on purpose, and warn about it.
     INSTRUCTION_SETS["avx512"] = (
-        "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
+        "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512 -mprfchw"
         " -Wno-maybe-uninitialized"
     )
     INSTRUCTION_SETS["avx512_bf16"] = INSTRUCTION_SETS["avx512"] + " -mavx512bf16"
-    INSTRUCTION_SETS["amx"] = INSTRUCTION_SETS["avx512_bf16"] + " -mamx-tile -mamx-bf16 -mprfchw"
+    INSTRUCTION_SETS["amx"] = INSTRUCTION_SETS["avx512_bf16"] + " -mamx-tile -mamx-bf16"
 
 
 def find_torch() -> Path:

@@ -119,6 +119,11 @@ class AttentionBackward {
     pack_rows(head_of<In>(p_.key, batch_, head_), p_.key.row_stride, key_);
     pack_rows(head_of<In>(p_.value, batch_, head_), p_.value.row_stride, value_);
     pack_columns(head_of<In>(p_.key, batch_, head_), p_.key.row_stride, key_columns_);
+    // For writing, where they stay in the cache until the sums are complete.
+    if (p_.seqlen_k <= 4 * kFetchedRows) {
+      fetch_rows<true>(head_of<In>(p_.grad_key, batch_, head_), p_.grad_key.row_stride, p_.seqlen_k, p_.head_dim);
+      fetch_rows<true>(head_of<In>(p_.grad_value, batch_, head_), p_.grad_value.row_stride, p_.seqlen_k, p_.head_dim_v);
+    }
   }
 
   T* partial(const AttentionSplit& split, int64_t task) const {
@@ -186,6 +191,8 @@ class AttentionBackward {
   // P, dS and dQ of a block, the `place`-th of its group.
   void run_block(const QueryBlock<T>& block, int64_t place, int64_t keys) {
     T *probabilities = probabilities_ + place * W * p_.seqlen_k, *grad_scores = grad_scores_ + place * W * p_.seqlen_k;
+    fetch_rows<true>(head_of<In>(p_.grad_query, block.batch, block.head) + block.first * p_.grad_query.row_stride,
+                     p_.grad_query.row_stride, block.count, p_.head_dim);
     load_block(p_.query, block, p_.head_dim, scale_.queries, query_rows_ + place * W * padded_dim_, query_lanes_);
     load_block(p_.grad_output, block, p_.head_dim_v, T(1), grad_output_rows_ + place * W * padded_dim_v_,
                grad_output_lanes_);

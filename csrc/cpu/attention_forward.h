@@ -77,6 +77,8 @@ class AttentionForward {
   void run_block(const QueryBlock<T>& block) {
     const In* query = head_of<In>(p_.query, block.batch, block.head) + block.first * p_.query.row_stride;
     fetch_rows(query, p_.query.row_stride, block.count, p_.head_dim);
+    fetch_rows<true>(head_of<In>(p_.output, block.batch, block.head) + block.first * p_.output.row_stride,
+                     p_.output.row_stride, block.count, p_.head_dim_v);
     load_transposed(query, p_.query.row_stride, block.count, block.count, p_.head_dim, scale_.queries, query_lanes_, W);
     for (int v = 0; v < kTileVectors; ++v) {
       maximum_[v] = splat(T(-kInfinity));

@@ -12,10 +12,11 @@ constexpr int64_t kFetchedRows = 64;
 
 // Asks for the lines of `rows` rows. Rows of one head lie apart, where the processor sees no stream; and a loop that
 // loads them and stores as much has the few buffers for lines on their way taken by both. Asked for beforehand, rows
-// that lie beyond the second-level cache are packed in half the time.
+// that lie beyond the second-level cache are packed in half the time. Long rows are streams, which it does see.
 template <bool ToWrite = false, class In>
 inline void fetch_rows(const In* source, int64_t stride, int64_t rows, int64_t columns) {
   constexpr uintptr_t kLine = 64;
+  if (columns * int64_t(sizeof(In)) > 1024) return;
   for (int64_t i = 0; i < rows; ++i) {
     const uintptr_t begin = uintptr_t(source + i * stride), end = uintptr_t(source + i * stride + columns);
     for (uintptr_t byte = begin; byte < end; byte = (byte & ~(kLine - 1)) + kLine) {

@@ -15,7 +15,7 @@ class PatchEmbedSplit : public PatchEmbed<In> {
   static constexpr int P = kParts<In>;
   using Operand = SplitMatrix<P>;
   // The weight's part of a task, and the tokens' beside it, in a second-level cache of 2 MiB.
-  static constexpr int64_t kWeightBytes = 1024 * 1024, kTokenBytes = 192 * 1024;
+  static constexpr int64_t kWeightBytes = 1536 * 1024, kTokenBytes = 192 * 1024;
   // The deepest operands to hold, of tokens and of the weight, and the parts of deeper ones.
   static constexpr int64_t kTokenDepth = 768, kWeightDepth = 1024, kPartDepth = 384;
   // Of the gradient of the weight: tokens per step, and tasks that share the packed gradient of the tokens.
@@ -140,10 +140,13 @@ class PatchEmbedSplit : public PatchEmbed<In> {
     };
     this->reserve(allocate);
     const TileSession session;
+    const bool outer_tokens = hold_tokens(cols.total, depth);
     int64_t held_tokens = -1, held_weight = -1;
     Range token_range, weight_range;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t col_part = task / tokens.count, part = task % tokens.count;
+      // The parts of what is held come first, so that each is packed once.
+      const int64_t col_part = outer_tokens ? task % cols.count : task / tokens.count;
+      const int64_t part = outer_tokens ? task / cols.count : task % tokens.count;
       const int64_t first = tokens.begin(part), count = tokens.length(part);
       const int64_t column = cols.begin(col_part), num_columns = cols.length(col_part);
       const bool whole = depths.count == 1, same_tokens = whole && part == held_tokens;
@@ -162,7 +165,7 @@ class PatchEmbedSplit : public PatchEmbed<In> {
       held_weight = col_part;
       held_tokens = part;
       if (!token_range.fits() || !weight_range.fits()) {
-        plain(task);
+        plain(col_part * tokens.count + part);
         // Its scratch was ours.
         this->reserve(allocate);
         held_tokens = held_weight = -1;
