@@ -17,7 +17,8 @@ test: $(VENV)/.built $(VENV)/.emulator
 check: $(VENV)/.built
 	$(BIN)/fastvit check $(ARGS)
 
-# The CPU's tables, and its rows in benchmarks/results; README's table and the figures are drawn from them.
+# The CPU's tables, its goals and which of them are met, and its rows in benchmarks/results; README's table, the report
+# and the figures are drawn from them.
 bench bench-cpu: $(VENV)/.built
 	$(BIN)/python -m benchmarks cpu $(ARGS)
 	$(BIN)/python -m benchmarks report

@@ -1,8 +1,8 @@
 """The one entry point: ``python -m benchmarks SUITE [options]``.
 
-Suites: attention, patch_embed, models, overhead, all; cpu (all of them on this CPU: tables and a file), gpu (``make
-gpu``), roofline. Commands: compare, report, architectures (what a swap does to the models that people run). ``-h``
-after any of them has its options.
+Suites: attention, patch_embed, models, overhead, all; cpu (all of them on this CPU: tables, a file, the goals), gpu
+(``make gpu``), roofline. Commands: compare, report, architectures (what a swap does to the models that people run).
+``-h`` after any of them has its options.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks import cases, compare, harness, report, roofline, runner, suite_overhead, tables
+from benchmarks import cases, compare, goals, harness, report, roofline, runner, suite_overhead, tables
 
 NARROWEST = 150
 # What `make bench` measures when it is not told: the telling cases and the sweeps.
@@ -69,6 +69,8 @@ def suite(suites: tuple[str, ...], arguments: list[str], device: str = "") -> in
         console.print(f"not timed: {note}", markup=False, highlight=False, soft_wrap=True)
     if result.path:
         console.print(f"wrote {len(result.rows)} rows to {result.path}", soft_wrap=True)
+    if device == "cpu" and result.rows:
+        goals.show(result.rows, console)
     if result.ended == runner.INTERRUPTED:
         return 130
     return 0 if result.rows else 1

@@ -61,6 +61,11 @@ class AttentionShape:
     mode: str = "forward"
     bias: bool = False
 
+    @property
+    def case(self) -> str:
+        """Its column in the rows."""
+        return f"B{self.batch} H{self.heads} N{self.seqlen} D{self.head_dim}"
+
 
 @dataclass(frozen=True)
 class PatchShape:
@@ -71,6 +76,11 @@ class PatchShape:
     patch: int
     embed_dim: int
     mode: str = "forward"
+
+    @property
+    def case(self) -> str:
+        """Its column in the rows."""
+        return f"B{self.batch} {self.image}² P{self.patch} D{self.embed_dim}"
 
 
 @dataclass(frozen=True)
@@ -83,15 +93,21 @@ class ModelShape:
     mode: str = "eager"
     training: bool = False
 
+    @property
+    def case(self) -> str:
+        """Its column in the rows."""
+        return f"{self.name} B{self.batch}"
 
-# (batch, heads, seqlen, head_dim, bias). On a CPU: ViT-B, batched; ViT-Ti; ViT-S/14; ViT-B at 384; long; ViT-H; DINOv2;
-# windows. On a GPU: the goals of the project, in its order.
+
+# (batch, heads, seqlen, head_dim) of the CPU's goals: ViT-B, batched; windows; ViT-Ti; ViT-S/14; ViT-B at 384; long;
+# ViT-H; DINOv2; windows with a class token.
+CPU_ATTENTION: tuple[tuple[int, int, int, int], ...] = (
+    (1, 12, 197, 64), (8, 12, 197, 64), (64, 3, 49, 32), (8, 3, 197, 64), (8, 6, 257, 64), (4, 12, 577, 64),
+    (2, 16, 1025, 64), (2, 16, 257, 80), (1, 16, 1370, 64), (64, 3, 50, 32),
+)  # fmt: skip
+# (batch, heads, seqlen, head_dim, bias). On a GPU: the goals of the project, in its order.
 TELLING: dict[str, tuple[tuple[int, int, int, int, bool], ...]] = {
-    "cpu": (
-        (1, 12, 197, 64, False), (8, 12, 197, 64, False), (64, 3, 49, 32, False), (8, 3, 197, 64, False),
-        (8, 6, 257, 64, False), (4, 12, 577, 64, False), (2, 16, 1025, 64, False), (2, 16, 257, 80, False),
-        (1, 16, 1370, 64, False), (64, 3, 50, 32, False), (64, 3, 49, 32, True), (8, 12, 197, 64, True),
-    ),
+    "cpu": tuple((*sizes, bias) for bias in (False, True) for sizes in CPU_ATTENTION),
     "cuda": (
         (256, 12, 197, 64, False), (64, 16, 257, 80, False), (2048, 12, 49, 32, True), (4, 16, 577, 64, False),
         (64, 16, 257, 64, False), (16, 16, 1025, 64, False), (16, 16, 1370, 64, False), (2, 12, 4096, 64, False),
@@ -138,6 +154,11 @@ MODELS: tuple[tuple[str, VitShape], ...] = (
     ("vit_huge_patch14_378", _vit("huge", 378, 14)),
 )
 MODEL_BATCHES = {"cpu": (1, 8), "cuda": (256, 1, 32, 8)}
+# The models that come first.
+TELLING_MODELS = {
+    "cpu": ("vit_base_patch16_224", "vit_small_patch16_224", "vit_tiny_patch16_224"),
+    "cuda": ("vit_base_patch16_224", "vit_base_patch16_384", "vit_base_patch14_518"),
+}
 
 
 def attention(device: str) -> Iterator[Work]:
@@ -147,15 +168,16 @@ def attention(device: str) -> Iterator[Work]:
         for dtype, layout, shape in works:
             # Backward alone says more than forward + backward only where it is a goal of its own: the first shape.
             apart = shape.mode == "backward" and (shape.batch, shape.heads, shape.seqlen) != TELLING[device][0][:3]
-            late = tier == 0 and (dtype != first or layout != "packed" or apart)
+            # On a CPU the 16-bit forward passes are goals too, without a bias.
+            other = dtype != first and (device != "cpu" or shape.bias)
+            late = tier == 0 and (other or layout != "packed" or apart)
             yield attention_work(shape, dtype, layout, 1 if late else tier)
 
 
 def attention_work(shape: AttentionShape, dtype: torch.dtype, layout: str, tier: int) -> Work:
     """Return the case of one shape."""
     suite = f"attention {shape.mode}" + ", bias" * shape.bias
-    case = f"B{shape.batch} H{shape.heads} N{shape.seqlen} D{shape.head_dim}"
-    return Work(suite, case, dtype, tier, "attention", shape, layout)
+    return Work(suite, shape.case, dtype, tier, "attention", shape, layout)
 
 
 Shapes = Iterator[tuple[torch.dtype, str, AttentionShape]]
@@ -167,9 +189,13 @@ def _telling(device: str) -> Shapes:
         for batch, heads, seqlen, dim, bias in TELLING[device]:
             if mode == "forward" or not bias:
                 yield first, "packed", AttentionShape(batch, heads, seqlen, dim, mode, bias)
+    # With a bias the other dtypes are no goal: a few shapes show them.
+    biased = [sizes for sizes in TELLING[device] if sizes[-1]][:3]
     for dtype in DTYPES[device][1:]:
-        for batch, heads, seqlen, dim, bias in TELLING[device]:
-            yield dtype, "packed", AttentionShape(batch, heads, seqlen, dim, "forward", bias)
+        for sizes in TELLING[device]:
+            if not sizes[-1] or sizes in biased:
+                batch, heads, seqlen, dim, bias = sizes
+                yield dtype, "packed", AttentionShape(batch, heads, seqlen, dim, "forward", bias)
 
 
 def sized(device: str, seqlen: int, head_dim: int, mode: str = "forward", bias: bool = False) -> AttentionShape:
@@ -217,13 +243,14 @@ def patch_embed(device: str) -> Iterator[Work]:
                 shape = PatchShape(*sizes, mode)
                 if mode == "tubelet":
                     shape = replace(shape, batch=max(1, shape.batch // 8))
-                case = f"B{shape.batch} {shape.image}² P{shape.patch} D{shape.embed_dim}"
                 # The compiled stem takes seconds to compile per shape, most of a minute on a CPU.
                 slow = mode == "stem compiled" and device == "cpu"
-                tier = (0 if mode == "forward" and (index == 0 or device == "cpu") else 1) + 2 * slow
-                if number >= (8 if mode == "forward" else 2):
+                telling = mode == "forward" and (index == 0 or device == "cpu")
+                telling |= mode == "forward + backward" and index == 0 and device == "cpu"
+                tier = (0 if telling else 1) + 2 * slow
+                if number >= (8 if mode == "forward" or telling else 2):
                     tier = 3
-                yield Work(f"patch_embed {mode}", case, dtype, tier, "patch_embed", shape)
+                yield Work(f"patch_embed {mode}", shape.case, dtype, tier, "patch_embed", shape)
 
 
 def models(device: str) -> Iterator[Work]:
@@ -236,19 +263,19 @@ def models(device: str) -> Iterator[Work]:
                     continue
                 shape = ModelShape(name, vit, batch, mode)
                 telling = mode == ("eager" if device == "cpu" else "compiled") and batch in MODEL_BATCHES[device][:2]
-                tier = (0 if number < 3 and telling else 1 if telling else 2) + 2 * (
+                tier = (0 if name in TELLING_MODELS[device] and telling else 1 if telling else 2) + 2 * (
                     mode != "eager" and device == "cpu"
                 )
                 if device == "cpu" and vit.image > 224:
                     tier = 3
-                yield Work(f"model inference, {mode}", f"{name} B{batch}", dtype, min(tier, 3), "models", shape)
+                yield Work(f"model inference, {mode}", shape.case, dtype, min(tier, 3), "models", shape)
         for mode in ("eager", "compiled", "graphed"):
             if mode == "graphed" and device == "cpu":
                 continue
             batch = 64 if device == "cuda" else 4
             shape = ModelShape(name, vit, batch, mode, training=True)
             tier = (1 if number == 0 and mode == "eager" else 2) + (mode != "eager" and device == "cpu")
-            yield Work(f"model training step, {mode}", f"{name} B{batch}", dtype, tier, "models", shape)
+            yield Work(f"model training step, {mode}", shape.case, dtype, tier, "models", shape)
 
 
 OVERHEADS = ("eager call", "eager call, backward", "import", "first call")

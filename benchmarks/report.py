@@ -11,10 +11,11 @@ import json
 import os
 import re
 import statistics
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import figures, harness
+from benchmarks import figures, goals, harness
 from benchmarks.harness import Row
 from benchmarks.tables import geometric_mean, roof
 
@@ -67,7 +68,7 @@ def table(path: Path) -> str:
     columns = [f"{count} thread{'s' * (count > 1)}" if count else "speed-up" for count in threads]
     shares = any(row.share > 0 for row in chosen)
     head = ["work", "dtype", *(["backend"] * several), "against", *columns, *(["of the roof"] * shares)]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    records = []
     for (suite, dtype, backend), group in groups.items():
         rivals = {row.peer for row in group}
         peer = "PyTorch's best" if len(rivals) > 1 or suite.startswith("patch_embed") else rivals.pop()
@@ -75,18 +76,23 @@ def table(path: Path) -> str:
         # What is paid before any arithmetic is under no roof.
         reached = f"{100 * statistics.median(row.share for row in group):.0f} %" if any(r.bound for r in group) else "–"
         share = [reached] if shares else []
-        cells = [suite, dtype, *([backend] * several), peer, *cells, *share]
-        lines.append(f"| {' | '.join(cells)} |")
+        records.append([suite, dtype, *([backend] * several), peer, *cells, *share])
     link = (
         os.path.relpath(path, harness.ROOT) if path.is_relative_to(harness.ROOT) else f"benchmarks/results/{path.name}"
     )
-    lines += [
+    lines = [
+        _markdown(head, records),
         "",
         f"Speed-up over PyTorch: geometric mean over the shapes (least – most). {first.device}, {first.capability}, "
         f"torch {first.torch}, {len(rows)} rows in [{path.name}]({link}), medians of "
         "interleaved runs; every row held the tolerance rule.",
     ]
     return "\n".join(lines)
+
+
+def _markdown(head: Sequence[str], records: Iterable[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *(f"| {' | '.join(cells)} |" for cells in records)])
 
 
 def _cell(ratios: list[float]) -> str:
@@ -118,11 +124,12 @@ def _images(path: Path, kinds: dict[str, str], prefix: str) -> list[str]:
 
 
 def full(paths: list[Path]) -> str:
-    """Return the report: for each file its tables, figures, every row, and what was not timed."""
+    """Return the report: for each file its goals (a CPU's), tables, figures, every row, and what was not timed."""
     parts = ["# What was measured", "Drawn by `python -m benchmarks report`; do not edit."]
     for path in paths:
         rows = harness.read(path)
         parts.append(f"## {rows[0].device}")
+        parts += _goals(rows) if path.name.startswith("cpu-") else []
         parts.append((MARK if is_stale(rows) else "") + table(path).replace("(benchmarks/results/", "("))
         parts += _images(path, ALL_FIGURES, "")
         if not any(row.bound for row in rows):
@@ -134,25 +141,36 @@ def full(paths: list[Path]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _goals(rows: list[Row]) -> list[str]:
+    lines = goals.lines(rows)
+    mark = MARK if any(line.stale for line in lines) else ""
+    met = sum(line.verdict == goals.MET for line in lines)
+    said = (
+        f"Of {len(lines)} lines {met} are met. At each shape the fastest of the peers that a line names counts; a line "
+        f"with a missing case is never met. {goals.CHANNELS_LAST} gets images and weights that lie so already: it is "
+        "shown beside them and does not count."
+    )
+    return ["### Goals", mark + _markdown(goals.HEAD, map(goals.cells, lines)), said]
+
+
 def _cases(rows: list[Row]) -> str:
     head = (
         "suite", "case", "dtype", "threads", "backend", "ms (p20 – p80)", "without graph", "peer", "peer ms", "ratio",
         "GFLOP/s", "GB/s", "of the roof", "per second", "MFU", "peak MiB", "rule",
     )  # fmt: skip
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    records = []
     for row in rows:
         model = row.suite.startswith("model")
         mfu = f"{100 * row.ours_gflops / row.peak_gflops:.0f} %" if model and row.peak_gflops else "–"
         memory = f"{row.ours_mib:.0f} ({row.peer_mib:.0f})" if row.ours_mib else "–"
         version = f" ({row.peer_version})" if row.peer_version else ""
-        cells = (
+        records.append((
             row.suite, " ".join(filter(None, (row.case, row.layout))), row.dtype, str(row.threads or "–"), row.backend,
             f"{row.ours_p50:.4g} ({row.ours_p20:.4g} – {row.ours_p80:.4g})", _number(row.ours_eager),
             row.peer + version, _number(row.peer_p50), f"{row.ratio:.2f}", _number(row.ours_gflops),
             _number(row.ours_gbs), roof(row), _number(row.per_second), mfu, memory, f"{row.rule:.2f}",
-        )  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        ))  # fmt: skip
+    return _markdown(head, records)
 
 
 def _number(value: float) -> str:

@@ -239,7 +239,10 @@ def test_a_rehearsal_leaves_rows_environment_and_what_was_red(
     assert gpu.main(command) == 1
     (path,) = tmp_path.glob("cpu-*.csv")
     rows = harness.read(path)
-    assert {row.suite for row in rows} == {"patch_embed forward"}
+    # Of attention in float32 there is nothing; the other kernels have their rows.
+    others = {"patch_embed forward", "patch_embed forward + backward"}
+    assert {row.suite for row in rows if row.dtype == "float32"} == others
+    assert {row.dtype for row in rows if row.suite == "attention forward"} == {"bfloat16", "float16"}
     side = json.loads(path.with_suffix(".json").read_text())
     assert side["facts"]["correctness"]["cpu"]["misses"] == ["x"]
     assert side["facts"]["environment"][0]["collect_env"]["torch_version"] == torch.__version__
@@ -249,7 +252,7 @@ def test_a_rehearsal_leaves_rows_environment_and_what_was_red(
     red.clear()
     assert gpu.main(command) == 0
     again = harness.read(path)
-    assert {row.suite for row in again} >= {"patch_embed forward", "attention forward"}
+    assert {row.suite for row in again if row.dtype == "float32"} >= {"patch_embed forward", "attention forward"}
     assert [row for row in again if row in rows] == rows
     assert not (tmp_path / "gpu-state.json").exists()
 
