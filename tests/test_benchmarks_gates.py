@@ -217,6 +217,22 @@ def test_a_sanitized_case_is_the_call_that_it_names() -> None:
             assert (mine.double() - true.double()).abs().max() <= 0.05 * true.double().abs().max(), case
 
 
+def test_sanitized_cases_run_smallest_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A tool that runs out of its time has then seen the most kernels.
+    ran: list[AttentionCase | PatchEmbedCase] = []
+    monkeypatch.setattr(device_cases, "run", lambda case, *_, **__: ran.append(case))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    device_cases.run_sanitized()
+    assert len(ran) == len(list(device_cases.sanitized()))
+    assert set(map(str, ran)) == set(map(str, device_cases.sanitized()))
+    small, large = "1, num_heads=2, seqlen_q=50", "6, num_heads=16, seqlen_q=197"
+    places = [[place for place, case in enumerate(ran) if part in str(case)] for part in (small, large)]
+    assert len(places[0]) == len(places[1]) == 2
+    assert max(places[0]) < min(places[1])
+    assert ran[-1] in device_cases.LARGE_IN.values()
+
+
 def test_a_gate_fits_the_device() -> None:
     for memory in (8 << 30, 24 << 30, 139 << 30):
         judge = Judge(132, memory)

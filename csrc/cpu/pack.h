@@ -13,8 +13,10 @@ constexpr int64_t kFetchedRows = 64;
 // Asks for the lines of `rows` rows. Rows of one head lie apart, where the processor sees no stream; and a loop that
 // loads them and stores as much has the few buffers for lines on their way taken by both. Asked for beforehand, rows
 // that lie beyond the second-level cache are packed in half the time. Long rows are streams, which it does see.
+//
+// Inlined always: to GCC 12 a function that only prefetches has no effect, and calls of it are left out.
 template <bool ToWrite = false, class In>
-inline void fetch_rows(const In* source, int64_t stride, int64_t rows, int64_t columns) {
+[[gnu::always_inline]] inline void fetch_rows(const In* source, int64_t stride, int64_t rows, int64_t columns) {
   constexpr uintptr_t kLine = 64;
   if (columns * int64_t(sizeof(In)) > 1024) return;
   for (int64_t i = 0; i < rows; ++i) {
