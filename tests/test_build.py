@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import os
+import platform
 import re
 import runpy
 import shutil
@@ -124,6 +125,32 @@ def test_pybind11_is_the_one_that_setup_asks_for(monkeypatch: pytest.MonkeyPatch
     directories = re.findall(r"-isystem (\S+)", written.getvalue())
     assert next(path for path in directories if Path(path, "pybind11").is_dir()) == pybind11.get_include()
     assert str(module["find_torch"]() / "include") in directories
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="AMX is x86-64's")
+def test_prefetches_reach_the_binary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # To GCC 12 a function that only prefetches does nothing, and its calls are left out unless it is inlined.
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    flags = read_setup(monkeypatch)["INSTRUCTION_SETS"]["amx"].split()
+    parameters = "const float* source, const SplitMatrix<3>& target, Range& range"
+    calls = {
+        "rows_of_a": "split_a(source, 2304, 197, 64, 1.0f, target, range)",
+        "columns_of_b": "split_b(source, 2304, 64, 197, 1.0f, target, range)",
+        "transposed_b": "split_b_transposed(source, 2304, 197, 64, 1.0f, target, range)",
+        "transposed_a": "split_a_transposed(source, 2304, 64, 197, target, range)",
+        "to_write": "fetch_rows<true>(source, 2304, 197, 64)",
+    }
+    functions = [f'extern "C" void {name}({parameters}) {{ {call}; }}' for name, call in calls.items()]
+    text = ['#include "split.h"', "using namespace fastvit::cpu::probe;", *functions]
+    (tmp_path / "probe.cpp").write_text("\n".join(text))
+    command = [compiler, "-std=c++20", "-O3", "-DFASTVIT_CAPABILITY=probe", *flags, f"-I{ROOT / 'csrc/cpu'}", "-S"]
+    subprocess.run([*command, tmp_path / "probe.cpp", "-o", tmp_path / "probe.s"], check=True)
+    assembly = (tmp_path / "probe.s").read_text()
+    for name in calls:
+        body = assembly.split(f"\n{name}:", 1)[1].split(".cfi_endproc", 1)[0]
+        assert ("prefetchw" if name == "to_write" else "prefetcht0") in body, name
 
 
 @pytest.mark.parametrize(("given", "expected"), [("", ["_C"]), ("1", ["_C", "_emulator"]), ("only", ["_emulator"])])
