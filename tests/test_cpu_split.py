@@ -25,8 +25,8 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
-# Whole tiles and one more or less; at 513 queries a leaf of backward has two groups; 1100 keys are two blocks of forward.
-# More than 640 keys are parts in backward, 700 three of them: causal groups then end in each.
+# Whole tiles and one more or less; at 513 queries a leaf of backward has two groups; 1100 keys are two blocks of
+# forward. More than 640 keys are parts in backward, 700 three of them: causal groups then end in each.
 @DTYPES
 @pytest.mark.parametrize(
     "lengths", [(64, 64), (65, 79), (80, 97), (33, 128), (129, 129), (513, 70), (40, 1100), (70, 641), (700, 700)]
