@@ -7,6 +7,7 @@ the launchers (tests/test_benchmarks_gates.py).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 import fastvit
+from benchmarks import formulas
 from fastvit.kernels import cuda
 from fastvit.testing import AttentionCase, PatchEmbedCase
 
@@ -107,11 +109,12 @@ def run(case: AttentionCase | PatchEmbedCase, backend: str, device: str, backwar
     return [output, *(torch.autograd.grad(output, leaves, tensors["grad_output"]) if backward else ())]
 
 
-def _products(case: AttentionCase | PatchEmbedCase) -> int:
+def _flop(case: AttentionCase | PatchEmbedCase) -> float:
+    # All of attention's here are self-attention with one head dim.
     if isinstance(case, AttentionCase):
-        return case.batch * case.num_heads * case.seqlen_q * case.seqlen_k * (case.head_dim + case.head_dim_v)
-    rows, columns = case.grid
-    return case.batch * rows * columns * case.in_channels * case.patch[0] * case.patch[1] * case.embed_dim
+        return formulas.attention_flop(case.batch, case.num_heads, case.seqlen_q, case.head_dim)
+    elements = case.in_channels * math.prod(case.patch)
+    return formulas.patch_embed_flop(case.batch, math.prod(case.grid), case.embed_dim, elements)
 
 
 def run_sanitized() -> None:
@@ -119,7 +122,7 @@ def run_sanitized() -> None:
 
     The smallest cases come first: a tool that runs out of its time has then seen the most kernels.
     """
-    for case in sorted(sanitized(), key=_products):
+    for case in sorted(sanitized(), key=_flop):
         run(case, "cuda", "cuda")
     if torch.cuda.get_device_capability() == (9, 0):
         with cuda.form("sm90"):

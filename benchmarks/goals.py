@@ -143,14 +143,14 @@ def _line(rows: Sequence[Row], goal: Goal, threads: int) -> Line:
     for row in rows:
         if row.work == (goal.suite, row.case, goal.dtype, goal.layout, threads) and row.backend == BACKEND:
             groups.get(row.case, []).append(row)
-    found = {case: goal.value(group, goal.peers) for case, group in groups.items()}
-    stricter = {case: goal.value(group, (*goal.peers, goal.stricter)) for case, group in groups.items()}
-    return Line(
-        goal, threads,
-        {case: value for case, value in found.items() if value is not None},
-        {case: value for case, value in stricter.items() if value is not None and goal.stricter},
-        harness.is_stale(row for group in groups.values() for row in group),
-    )  # fmt: skip
+
+    def values(peers: Sequence[str]) -> dict[str, float]:
+        found = {case: goal.value(group, peers) for case, group in groups.items()}
+        return {case: value for case, value in found.items() if value is not None}
+
+    stricter = values((*goal.peers, goal.stricter)) if goal.stricter else {}
+    stale = harness.is_stale(row for group in groups.values() for row in group)
+    return Line(goal, threads, values(goal.peers), stricter, stale)
 
 
 HEAD = (

@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks import figures, goals, harness
 from benchmarks.harness import Row
+from benchmarks.suite_patch_embed import CHANNELS_LAST
 from benchmarks.tables import geometric_mean, roof
 
 README = harness.ROOT / "README.md"
@@ -147,7 +148,7 @@ def _goals(rows: list[Row]) -> list[str]:
     met = sum(line.verdict == goals.MET for line in lines)
     said = (
         f"Of {len(lines)} lines {met} are met. At each shape the fastest of the peers that a line names counts; a line "
-        f"with a missing case is never met. {goals.CHANNELS_LAST} gets images and weights that lie so already: it is "
+        f"with a missing case is never met. {CHANNELS_LAST} gets images and weights that lie so already: it is "
         "shown beside them and does not count."
     )
     return ["### Goals", mark + _markdown(goals.HEAD, map(goals.cells, lines)), said]

@@ -143,8 +143,8 @@ def test_prefetches_reach_the_binary(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         "to_write": "fetch_rows<true>(source, 2304, 197, 64)",
     }
     functions = [f'extern "C" void {name}({parameters}) {{ {call}; }}' for name, call in calls.items()]
-    text = ['#include "split.h"', "using namespace fastvit::cpu::probe;", *functions]
-    (tmp_path / "probe.cpp").write_text("\n".join(text))
+    source = ['#include "split.h"', "using namespace fastvit::cpu::probe;", *functions]
+    (tmp_path / "probe.cpp").write_text("\n".join(source))
     command = [compiler, "-std=c++20", "-O3", "-DFASTVIT_CAPABILITY=probe", *flags, f"-I{ROOT / 'csrc/cpu'}", "-S"]
     subprocess.run([*command, tmp_path / "probe.cpp", "-o", tmp_path / "probe.s"], check=True)
     assembly = (tmp_path / "probe.s").read_text()
