@@ -10,22 +10,71 @@ namespace fastvit::cpu::FASTVIT_CAPABILITY {
 // Rows that are asked for before they are packed.
 constexpr int64_t kFetchedRows = 64;
 
+// Asks for the lines that `bytes` bytes lie in; the levels are those of __builtin_prefetch.
+//
+// Inlined always, as all that only prefetch: to GCC 12 such a function has no effect, and calls of it are left out.
+template <bool ToWrite, int Level>
+[[gnu::always_inline]] inline void fetch_lines(const void* first, int64_t bytes) {
+  constexpr uintptr_t kLine = 64;
+  const uintptr_t begin = uintptr_t(first);
+  for (uintptr_t byte = begin & ~(kLine - 1); byte < begin + bytes; byte += kLine) {
+    __builtin_prefetch(reinterpret_cast<const void*>(byte), ToWrite, Level);
+  }
+}
+
 // Asks for the lines of `rows` rows. Rows of one head lie apart, where the processor sees no stream; and a loop that
 // loads them and stores as much has the few buffers for lines on their way taken by both. Asked for beforehand, rows
 // that lie beyond the second-level cache are packed in half the time. Long rows are streams, which it does see.
-//
-// Inlined always: to GCC 12 a function that only prefetches has no effect, and calls of it are left out.
 template <bool ToWrite = false, class In>
 [[gnu::always_inline]] inline void fetch_rows(const In* source, int64_t stride, int64_t rows, int64_t columns) {
-  constexpr uintptr_t kLine = 64;
-  if (columns * int64_t(sizeof(In)) > 1024) return;
-  for (int64_t i = 0; i < rows; ++i) {
-    const uintptr_t begin = uintptr_t(source + i * stride), end = uintptr_t(source + i * stride + columns);
-    for (uintptr_t byte = begin; byte < end; byte = (byte & ~(kLine - 1)) + kLine) {
-      __builtin_prefetch(reinterpret_cast<const void*>(byte), ToWrite);
+  const int64_t bytes = columns * int64_t(sizeof(In));
+  if (bytes > 1024) return;
+  for (int64_t i = 0; i < rows; ++i) fetch_lines<ToWrite, 3>(source + i * stride, bytes);
+}
+
+// At every 64th row of `rows`, asks for the next 64 of them: for loops that pack one row, or a multiple of it, at a
+// time.
+template <class In>
+[[gnu::always_inline]] inline void fetch_next(int64_t row, const In* source, int64_t stride, int64_t rows,
+                                              int64_t columns) {
+  if (row % kFetchedRows != 0) return;
+  fetch_rows(source + row * stride, stride, min64(kFetchedRows, rows - row), columns);
+}
+
+// Rows of other matrices that are wanted later, asked for a few at a time between two products. More at once would take
+// all the buffers for lines on their way, which what is being multiplied needs as well.
+class Ahead {
+ public:
+  void clear() { count_ = next_ = rows_ = 0; }
+  template <class In>
+  void add(const In* source, int64_t stride, int64_t rows, int64_t columns) {
+    constexpr int64_t size = sizeof(In);
+    matrices_[count_++] = {reinterpret_cast<const char*>(source), stride * size, rows, columns * size};
+    rows_ += rows;
+  }
+  // All of them in so many calls of fetch().
+  void spread(int64_t calls) { share_ = ceil_div(rows_, calls); }
+  void fetch() {
+    for (int64_t wanted = share_; wanted > 0 && next_ < count_;) {
+      Matrix& matrix = matrices_[next_];
+      const int64_t now = min64(wanted, matrix.rows);
+      // Into the second-level cache: the first one is full of what is being multiplied.
+      for (int64_t i = 0; i < now; ++i) fetch_lines<false, 2>(matrix.begin + i * matrix.stride, matrix.bytes);
+      matrix.begin += now * matrix.stride;
+      matrix.rows -= now;
+      wanted -= now;
+      if (matrix.rows == 0) ++next_;
     }
   }
-}
+
+ private:
+  struct Matrix {
+    const char* begin;
+    int64_t stride, rows, bytes;
+  };
+  Matrix matrices_[3];
+  int64_t count_ = 0, next_ = 0, rows_ = 0, share_ = 0;
+};
 
 // A [rows][depth] in the order in which tiles read it: tile after tile, for each k the elements of its rows.
 template <class T>
@@ -130,9 +179,7 @@ template <class In>
 inline void pack_rows(const In* source, int64_t stride, const PackedMatrix<Compute<In>>& target) {
   int64_t fetched = 0;
   for_each_tile(target.rows, [&](int64_t first, int64_t rows, int64_t tile) {
-    for (; fetched < first + rows; fetched += kFetchedRows) {
-      fetch_rows(source + fetched * stride, stride, min64(kFetchedRows, target.rows - fetched), target.depth);
-    }
+    for (; fetched < first + rows; ++fetched) fetch_next(fetched, source, stride, target.rows, target.depth);
     load_transposed(source + first * stride, stride, rows, target.rows - first, target.depth, Compute<In>(1),
                     target.tile(tile), kTileStride<Compute<In>>);
   });
@@ -145,9 +192,7 @@ inline void pack_columns(const In* source, int64_t stride, const PackedMatrix<Co
   constexpr int64_t kStep = 16;
   for (int64_t begin = 0; begin < target.depth; begin += kStep) {
     const int64_t end = min64(begin + kStep, target.depth);
-    if (begin % kFetchedRows == 0) {
-      fetch_rows(source + begin * stride, stride, min64(kFetchedRows, target.depth - begin), target.rows);
-    }
+    fetch_next(begin, source, stride, target.depth, target.rows);
     for_each_tile(target.rows, [&](int64_t first, int64_t rows, int64_t tile) {
       for (int64_t r = 0; r < rows; r += kLanes<T>) {
         T* column = target.tile(tile) + r;

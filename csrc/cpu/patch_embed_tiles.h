@@ -32,11 +32,10 @@ class PatchEmbedTiles : public PatchEmbed<BFloat16> {
     const Split tokens = forward_tokens(), rows = forward_rows();
     const int64_t stride = tile_stride(size_), columns = round_up(rows.size, kTilePanel);
     BFloat16 *patches, *weight;
-    float *results, *bias;
+    float* bias;
     auto allocate = [&](Arena& arena) {
       patches = arena.take<BFloat16>(tokens.size * stride);
       weight = arena.take<BFloat16>(packed_size(rows.size, depth()));
-      results = arena.take<float>(tokens.size * columns);
       bias = arena.take<float>(columns);
     };
     reserve(allocate);
@@ -57,15 +56,20 @@ class PatchEmbedTiles : public PatchEmbed<BFloat16> {
       gathered = part;
       BFloat16* targets[kTokenRows];
       for (int64_t t = 0; t < count; ++t) targets[t] = token(first + t) + row;
-      tile_product({patches, stride, weight, results, kTilePanel, tokens.size * kTilePanel}, count, num_rows, depth(),
-                   false, [&](int64_t column) {
-                     const float* panel = results + column * tokens.size;
-                     for (int64_t t = 0; t < count; ++t) {
-                       store_panel(load(panel + t * kTilePanel) + load(bias + column),
-                                   load(panel + t * kTilePanel + kTileSide) + load(bias + column + kTileSide),
-                                   num_rows - column, targets[t] + column);
-                     }
-                   });
+      // For writing, two panels before it happens.
+      for (int64_t t = 0; t < count; ++t) fetch_lines<true, 3>(targets[t], min64(num_rows, 2 * kTilePanel) * 2);
+      stream_product(patches, stride, weight, count, num_rows, depth(),
+                     [&](int64_t first_token, int64_t column, const float* sums) {
+                       const Vec<float> low = load(bias + column), high = load(bias + column + kTileSide);
+                       const int64_t end_token = min64(first_token + 2 * kTileSide, count);
+                       for (int64_t t = first_token; t < end_token; ++t, sums += kTilePanel) {
+                         store_panel(load(sums) + low, load(sums + kTileSide) + high, num_rows - column,
+                                     targets[t] + column);
+                         if (const int64_t next = column + 2 * kTilePanel; next < num_rows) {
+                           __builtin_prefetch(targets[t] + next, 1);
+                         }
+                       }
+                     });
     }
   }
 

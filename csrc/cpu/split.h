@@ -111,7 +111,7 @@ template <int Parts, class In>
 inline void split_a(const In* source, int64_t stride, int64_t lanes, int64_t k, float factor,
                     const SplitMatrix<Parts>& target, Range& range) {
   for (int64_t lane = 0; lane < round_up(lanes, kTileSide); ++lane) {
-    if (lane % kFetchedRows == 0) fetch_rows(source + lane * stride, stride, min64(kFetchedRows, lanes - lane), k);
+    fetch_next(lane, source, stride, lanes, k);
     for (int64_t first = 0; first < k; first += kTileDepth) {
       const In* corner = source + lane * stride + first;
       const int64_t count = lane < lanes ? k - first : 0;
@@ -128,7 +128,7 @@ template <int Parts, class In>
 inline void split_b(const In* source, int64_t stride, int64_t lanes, int64_t k, float factor,
                     const SplitMatrix<Parts>& target, Range& range) {
   for (int64_t first = 0; first < k; first += kTileDepth) {
-    if (first % kFetchedRows == 0) fetch_rows(source + first * stride, stride, min64(kFetchedRows, k - first), lanes);
+    fetch_next(first, source, stride, k, lanes);
     for (int64_t i = 0; i < kTileSide; ++i) {
       const In* row = source + (first + i) * stride;
       for (int64_t lane = 0; lane < lanes; lane += kTileSide) {
@@ -223,7 +223,7 @@ inline void split_b_transposed(const In* source, int64_t stride, int64_t lanes, 
                                const SplitMatrix<Parts>& target, Range& range) {
   alignas(64) float low[256], high[256];
   for (int64_t lane = 0; lane < lanes; lane += kTileSide) {
-    if (lane % kFetchedRows == 0) fetch_rows(source + lane * stride, stride, min64(kFetchedRows, lanes - lane), k);
+    fetch_next(lane, source, stride, lanes, k);
     for (int64_t first = 0; first < k; first += kTileDepth) {
       const In* corner = source + lane * stride + first;
       load_square_transposed(corner, stride, lanes - lane, k - first, factor, low);
@@ -239,7 +239,7 @@ inline void split_a_transposed(const In* source, int64_t stride, int64_t lanes, 
                                const SplitMatrix<Parts>& target, Range& range) {
   alignas(64) float low[256], high[256];
   for (int64_t first = 0; first < k; first += kTileDepth) {
-    if (first % kFetchedRows == 0) fetch_rows(source + first * stride, stride, min64(kFetchedRows, k - first), lanes);
+    fetch_next(first, source, stride, k, lanes);
     for (int64_t lane = 0; lane < lanes; lane += kTileSide) {
       const In* corner = source + first * stride + lane;
       load_square_transposed(corner, stride, k - first, lanes - lane, 1.0f, low);

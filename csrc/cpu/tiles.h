@@ -5,7 +5,7 @@
 // float, rounded to nearest even pair by pair; subnormal inputs and results count as zero.
 #pragma once
 
-#include "simd.h"
+#include "pack.h"
 
 #if defined(__AMX_BF16__)
 
@@ -80,6 +80,7 @@ inline void transpose_pairs(const BFloat16* source, int64_t stride, float* targe
 inline void pack_transposed(const BFloat16* source, int64_t stride, int64_t columns, int64_t k, BFloat16* packed) {
   const int64_t steps = ceil_div(k, kTileDepth);
   for (int64_t column = 0; column < round_up(columns, kTilePanel); column += kTileSide) {
+    fetch_next(column, source, stride, columns, k);
     float* tile = reinterpret_cast<float*>(packed + column / kTilePanel * kTilePanel * steps * kTileDepth +
                                            column % kTilePanel * kTileDepth);
     for (int64_t step = 0; step < steps; ++step) {
@@ -221,6 +222,97 @@ inline void tile_product(const TileOperands& o, int64_t rows, int64_t columns, i
     }
   }
   done((ceil_div(columns, kTilePanel) - 1) * kTilePanel);
+}
+
+// Steps of k of which tiles of one operand, 36 KiB, stay in a first-level cache of 48 KiB beside what passes through
+// it.
+constexpr int64_t kKeptSteps = 18;
+
+// Tiles 4 and 5 from A, 6 and 7 from B; streamed, they do not take the place of others in the first-level cache.
+template <int R, bool Stream>
+[[gnu::always_inline]] inline void load_a(const BFloat16* a, int64_t next, int64_t bytes) {
+  if constexpr (Stream) {
+    _tile_stream_loadd(4, a, bytes);
+    if constexpr (R == 2) _tile_stream_loadd(5, a + next, bytes);
+  } else {
+    _tile_loadd(4, a, bytes);
+    if constexpr (R == 2) _tile_loadd(5, a + next, bytes);
+  }
+}
+template <int C, bool Stream>
+[[gnu::always_inline]] inline void load_b(const BFloat16* b) {
+  if constexpr (Stream) {
+    _tile_stream_loadd(6, b, 64);
+    if constexpr (C == 2) _tile_stream_loadd(7, b + kTileSide * kTileDepth, 64);
+  } else {
+    _tile_loadd(6, b, 64);
+    if constexpr (C == 2) _tile_loadd(7, b + kTileSide * kTileDepth, 64);
+  }
+}
+
+template <int R, int C, bool StreamA, bool StreamB>
+[[gnu::always_inline]] inline void stream_steps(const BFloat16* a, int64_t a_stride, const BFloat16* b, int64_t begin,
+                                                int64_t end) {
+  for (int64_t step = begin; step < end; ++step) {
+    load_a<R, StreamA>(a + step * kTileDepth, kTileSide * a_stride, a_stride * 2);
+    load_b<C, StreamB>(b + step * kTileDepth * kTilePanel);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (R == 2) _tile_dpbf16ps(2, 5, 6);
+    if constexpr (C == 2) _tile_dpbf16ps(1, 4, 7);
+    if constexpr (R == 2 && C == 2) _tile_dpbf16ps(3, 5, 7);
+  }
+}
+
+// R × C tiles of C [][kTilePanel] over all steps of k. The operand that the next block reads again is kept, as far as
+// it fits; everything else is streamed.
+template <int R, int C>
+inline void stream_block(const BFloat16* a, int64_t a_stride, const BFloat16* b, int64_t steps, bool keep_a, float* c) {
+  const int64_t kept = min64(steps, kKeptSteps);
+  _tile_zero(0);
+  if constexpr (C == 2) _tile_zero(1);
+  if constexpr (R == 2) _tile_zero(2);
+  if constexpr (R == 2 && C == 2) _tile_zero(3);
+  if (keep_a) {
+    stream_steps<R, C, false, true>(a, a_stride, b, 0, kept);
+  } else {
+    stream_steps<R, C, true, false>(a, a_stride, b, 0, kept);
+  }
+  stream_steps<R, C, true, true>(a, a_stride, b, kept, steps);
+  _tile_stored(0, c, kTilePanel * 4);
+  if constexpr (C == 2) _tile_stored(1, c + kTileSide, kTilePanel * 4);
+  if constexpr (R == 2) _tile_stored(2, c + kTileSide * kTilePanel, kTilePanel * 4);
+  if constexpr (R == 2 && C == 2) _tile_stored(3, c + kTileSide * kTilePanel + kTileSide, kTilePanel * 4);
+}
+
+// A · B in blocks of 32 rows and a panel, each over all of k: done(row, column, sums) gets sums [32][kTilePanel].
+// Beside tile_product, sums are never read again, and one of the operands passes through the first-level cache only:
+// for a B that fills the second-level cache. A has memory for whole tiles of rows.
+template <class Done>
+inline void stream_product(const BFloat16* a, int64_t a_stride, const BFloat16* b, int64_t rows, int64_t columns,
+                           int64_t k, const Done& done) {
+  constexpr int64_t kRows = 2 * kTileSide;
+  alignas(64) float sums[2][kRows * kTilePanel];
+  const int64_t row_blocks = ceil_div(rows, kRows), blocks = row_blocks * ceil_div(columns, kTilePanel);
+  const auto finish = [&](int64_t block) {
+    done(block % row_blocks * kRows, block / row_blocks * kTilePanel, sums[block % 2]);
+  };
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t row = block % row_blocks * kRows, column = block / row_blocks * kTilePanel;
+    const auto multiply = [&](auto product) {
+      product(a + row * a_stride, a_stride, b + column * k, k / kTileDepth, row_blocks == 1, sums[block % 2]);
+    };
+    // The compiler's tile loads and stores do not say that they use memory.
+    asm volatile("" ::: "memory");
+    if (rows - row > kTileSide) {
+      columns - column > kTileSide ? multiply(stream_block<2, 2>) : multiply(stream_block<2, 1>);
+    } else {
+      columns - column > kTileSide ? multiply(stream_block<1, 2>) : multiply(stream_block<1, 1>);
+    }
+    asm volatile("" ::: "memory");
+    // One block later: the processor cannot read what it has just stored as tiles before it is in the cache.
+    if (block > 0) finish(block - 1);
+  }
+  if (blocks > 0) finish(blocks - 1);
 }
 
 // Stores the first `count` of one panel's 32 columns, rounded to nearest even.

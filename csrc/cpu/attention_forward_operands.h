@@ -1,0 +1,175 @@
+// The operands of attention forward in AMX tiles, one class per type of input: how K, V, Q and the exponentials are
+// packed, and the two products.
+#pragma once
+
+#include "attention_common.h"
+#include "split.h"
+
+#if defined(__AMX_BF16__)
+
+namespace fastvit::cpu::FASTVIT_CAPABILITY {
+
+// The operands of one type of input: how they are packed, and their products.
+template <class In>
+class ForwardOperands {
+  static constexpr int P = kParts<In>, kComputed = kComputedParts<In>;
+
+ public:
+  // Keys treated at once: scores of 32 queries and 1024 keys are 128 KiB, in the second-level cache.
+  static constexpr int64_t kKeys = 1024;
+  // Keys whose exponentials are kept: 24 KiB of parts stay in the first-level cache until they are multiplied.
+  static constexpr int64_t kChunk = 64;
+
+  ForwardOperands(const AttentionParams& p, int64_t) : p_(p), scale_(p.scale) {}
+
+  void allocate(Arena& arena) {
+    const int64_t keys = round_up(p_.seqlen_k, kTilePanel);
+    key_ = SplitMatrix<P>::take(arena, keys, p_.head_dim);
+    value_ = SplitMatrix<P>::take(arena, round_up(p_.head_dim_v, kTilePanel), keys);
+    query_ = SplitMatrix<P>::take(arena, 2 * kTileSide, p_.head_dim);
+    probabilities_ = SplitMatrix<kComputed>::take(arena, 2 * kTileSide, kChunk);
+  }
+
+  // A bias is added to the scores as they lie; attention_forward.h transposes it.
+  static bool pays(const AttentionParams& p) { return split_pays<In>(p, p.bias.type == BiasType::kNone ? 1 : 3); }
+
+  // What is left to multiply into the products of Q and K.
+  float scale() const { return scale_.scores; }
+
+  // Both return whether what they packed fits the tiles.
+  bool pack_head(const In* key, const In* value) {
+    Range keys, values;
+    split_b_transposed(key, p_.key.row_stride, p_.seqlen_k, p_.head_dim, 1.0f, key_, keys);
+    split_b(value, p_.value.row_stride, p_.head_dim_v, p_.seqlen_k, 1.0f, value_, values);
+    return keys.fits() && values.fits();
+  }
+  bool pack_queries(const In* query, int64_t count) {
+    Range queries;
+    split_a(query, p_.query.row_stride, count, p_.head_dim, scale_.queries, query_, queries);
+    return queries.fits();
+  }
+
+  // kBase^x is what `exponential` computes.
+  static constexpr float kLogOfBase = 1;
+  static Vec<float> exponential(Vec<float> x) { return exp(x); }
+
+  // Exponentials of row i and of the 32 keys from `key` of a chunk on.
+  void store_exponentials(int64_t i, int64_t key, Vec<float> low, Vec<float> high) const {
+    split_pair<kComputed, false>((__m512)low, (__m512)high, probabilities_.tile(i, key) + i % kTileSide * kTileDepth);
+  }
+
+  // Calls of ahead.fetch() in all products of a block.
+  int64_t products() const {
+    return ceil_div(p_.seqlen_k, kTilePanel) + ceil_div(p_.seqlen_k, kChunk) * ceil_div(p_.head_dim_v, kTilePanel);
+  }
+  void multiply_keys(int64_t count, int64_t key, int64_t keys, float* scores, int64_t panel, Ahead& ahead) const {
+    for (int64_t j = 0; j < keys; j += kTilePanel) {
+      ahead.fetch();
+      split_product(query_, key_.from(key + j, 0), count, kTilePanel, key_.steps, false,
+                    scores + j / kTilePanel * panel, kTilePanel);
+    }
+  }
+  // O (+)= the exponentials of keys [key, key + keys) · V.
+  void multiply_values(int64_t count, int64_t key, int64_t keys, bool accumulate, float* output, int64_t panel,
+                       Ahead& ahead) const {
+    for (int64_t d = 0; d < p_.head_dim_v; d += kTilePanel) {
+      ahead.fetch();
+      split_product(probabilities_, value_.from(d, key), count, min64(kTilePanel, p_.head_dim_v - d), keys / kTileDepth,
+                    accumulate, output + d / kTilePanel * panel, kTilePanel);
+    }
+  }
+
+ private:
+  const AttentionParams& p_;
+  const Scale<float> scale_;
+  SplitMatrix<P> key_{}, value_{}, query_{};
+  SplitMatrix<kComputed> probabilities_{};
+};
+
+template <>
+class ForwardOperands<BFloat16> {
+ public:
+  // Scores of 32 queries and 512 keys are 64 KiB: in the second-level cache, beside K and V of most heads.
+  static constexpr int64_t kKeys = 512;
+  static constexpr int64_t kChunk = kKeys;
+
+  ForwardOperands(const AttentionParams& p, int64_t keys_per_block)
+      : p_(p),
+        keys_per_block_(keys_per_block),
+        depth_(round_up(p.head_dim, kTileDepth)),
+        padded_dim_v_(round_up(p.head_dim_v, kTilePanel)) {}
+
+  void allocate(Arena& arena) {
+    const int64_t keys = round_up(p_.seqlen_k, kTilePanel);
+    value_rows_ = arena.take<const BFloat16*>(p_.seqlen_k);
+    key_ = arena.take<BFloat16>(packed_size(keys, depth_));
+    value_ = arena.take<BFloat16>(packed_size(p_.head_dim_v, keys));
+    query_ = arena.take<BFloat16>(2 * kTileSide * tile_stride(depth_));
+    probabilities_ = arena.take<BFloat16>(2 * kTileSide * tile_stride(keys_per_block_));
+  }
+
+  static bool pays(const AttentionParams&) { return true; }
+
+  float scale() const { return float(p_.scale); }
+
+  bool pack_head(const BFloat16* key, const BFloat16* value) {
+    pack_transposed(key, p_.key.row_stride, p_.seqlen_k, p_.head_dim, key_);
+    fetch_rows(value, p_.value.row_stride, p_.seqlen_k, p_.head_dim_v);
+    for (int64_t j = 0; j < p_.seqlen_k; ++j) value_rows_[j] = value + j * p_.value.row_stride;
+    pack_rows(value_rows_, p_.seqlen_k, p_.head_dim_v, value_);
+    return true;
+  }
+  bool pack_queries(const BFloat16* query, int64_t count) {
+    fetch_rows(query, p_.query.row_stride, count, p_.head_dim);
+    for (int64_t i = 0; i < count; ++i) {
+      copy_padded(query + i * p_.query.row_stride, p_.head_dim, query_ + i * tile_stride(depth_));
+    }
+    return true;
+  }
+
+  // 2^x for x <= 127; exactly 0 below -126 (so for -inf), NaN for NaN. The polynomial of degree 5 with the least
+  // relative error on [-1/2, 1/2] (Remez's exchange), its constant then set to 1 so that 2^0 = 1: within 2.2e-7, two
+  // roundings of float, and far below one of bfloat16.
+  static constexpr float kLogOfBase = 1.44269504088896341f;
+  static Vec<float> exponential(Vec<float> x) {
+    using I = Simd<float>::Int;
+    const Vec<float> magic = splat(12582912.0f);  // 1.5·2^23: adding it leaves the nearest integer in the low bits
+    const Vec<float> shifted = x + magic;
+    const Vec<float> r = x - (shifted - magic);
+    Vec<float> p = splat(0.00132764719f);
+    p = p * r + 0.00967554104f;
+    p = p * r + 0.0555071328f;
+    p = p * r + 0.240221197f;
+    p = p * r + 0.693146971f;
+    p = p * r + 1.0f;
+    return x < -126.0f ? Vec<float>{} : (Vec<float>)((I)p + ((I)shifted << 23));
+  }
+
+  void store_exponentials(int64_t i, int64_t key, Vec<float> low, Vec<float> high) const {
+    _mm512_storeu_si512(probabilities_ + i * tile_stride(keys_per_block_) + key,
+                        (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+  }
+
+  // Its products are too few to wait for rows beside them.
+  int64_t products() const { return 0; }
+  void multiply_keys(int64_t count, int64_t key, int64_t keys, float* scores, int64_t panel, Ahead&) const {
+    tile_product({query_, tile_stride(depth_), key_ + key * depth_, scores, kTilePanel, panel}, count, keys, depth_,
+                 false, [](int64_t) {});
+  }
+  void multiply_values(int64_t count, int64_t key, int64_t keys, bool accumulate, float* output, int64_t panel,
+                       Ahead&) const {
+    tile_product({probabilities_, tile_stride(keys_per_block_), value_ + key * kTilePanel, output, kTilePanel, panel,
+                  round_up(p_.seqlen_k, kTileDepth)},
+                 count, p_.head_dim_v, keys, accumulate, [](int64_t) {});
+  }
+
+ private:
+  const AttentionParams& p_;
+  const int64_t keys_per_block_, depth_, padded_dim_v_;
+  const BFloat16** value_rows_;
+  BFloat16 *key_, *value_, *query_, *probabilities_;
+};
+
+}  // namespace fastvit::cpu::FASTVIT_CAPABILITY
+
+#endif
