@@ -105,6 +105,57 @@ void add_bias(const BiasView& bias, const QueryBlock<T>& block, int64_t first_ke
   }
 }
 
+// Scores [keys][kPanel] · scale + a bias with keys side by side, transposed square by square in registers; `source`
+// points to the block's first query and key.
+template <class In, class T>
+void add_bias_in_squares(const In* source, int64_t query_stride, int64_t queries, T scale, int64_t keys, T* scores) {
+  constexpr int L = kLanes<T>;
+  alignas(64) T square[L * L];
+  for (int64_t query = 0; query < queries; query += L) {
+    for (int64_t key = 0; key < keys; key += L) {
+      const auto row = [&](int64_t i) { return source + (query + i) * query_stride + key; };
+      const int64_t columns = min64(keys - key, L);
+      if (queries - query >= L && columns == L) {
+        load_square<true, In>(row, L, L, T(1), square, L);
+      } else {
+        load_square<false, In>(row, queries - query, columns, T(1), square, L);
+      }
+      for (int64_t j = 0; j < columns; ++j) {
+        T* score = scores + (key + j) * kPanel<T> + query;
+        store(score, load(score) * scale + load(square + j * L));
+      }
+    }
+  }
+}
+
+// The same for a bias of a type that vectors are loaded from, with a row for each query; false for any other.
+template <class T>
+bool add_bias_as_it_lies(const BiasView& bias, const QueryBlock<T>& block, T scale, int64_t first_key, int64_t keys,
+                         T* scores) {
+  if (bias.key_stride != 1 || bias.query_stride == 0) return false;
+  const auto add = [&](auto tag) {
+    using In = typename decltype(tag)::type;
+    const In* source = static_cast<const In*>(bias.data) + block.batch * bias.batch_stride +
+                       block.head * bias.head_stride + block.first * bias.query_stride + first_key;
+    add_bias_in_squares<In, T>(source, bias.query_stride, block.count, scale, keys, scores);
+    return true;
+  };
+  if constexpr (__is_same(T, float)) {
+    switch (bias.type) {
+      case BiasType::kFloat16:
+        return add(Tag<Half>{});
+      case BiasType::kBFloat16:
+        return add(Tag<BFloat16>{});
+      case BiasType::kFloat32:
+        return add(Tag<float>{});
+      default:
+        return false;
+    }
+  } else {
+    return bias.type == BiasType::kFloat64 && add(Tag<T>{});
+  }
+}
+
 // Sets the scores of keys after their query to -inf.
 template <class T>
 void mask_causal(const QueryBlock<T>& block, int64_t first_key, int64_t keys, T* scores) {
@@ -172,10 +223,12 @@ struct Scale {
 template <class T>
 void finish_scores(const AttentionParams& p, const QueryBlock<T>& block, T scale, int64_t first_key, int64_t keys,
                    T* scores, T* bias_rows, T* bias_lanes) {
-  if (scale != T(1)) {
-    for (int64_t i = 0; i < keys * kPanel<T>; i += kLanes<T>) store(scores + i, load(scores + i) * scale);
+  if (p.bias.type == BiasType::kNone || !add_bias_as_it_lies(p.bias, block, scale, first_key, keys, scores)) {
+    if (scale != T(1)) {
+      for (int64_t i = 0; i < keys * kPanel<T>; i += kLanes<T>) store(scores + i, load(scores + i) * scale);
+    }
+    if (p.bias.type != BiasType::kNone) add_bias(p.bias, block, first_key, keys, scores, bias_rows, bias_lanes);
   }
-  if (p.bias.type != BiasType::kNone) add_bias(p.bias, block, first_key, keys, scores, bias_rows, bias_lanes);
   if (p.is_causal) mask_causal(block, first_key, keys, scores);
 }
 

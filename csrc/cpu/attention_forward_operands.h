@@ -31,7 +31,7 @@ class ForwardOperands {
   }
 
   // A bias is added to the scores as they lie; attention_forward.h transposes it.
-  static bool pays(const AttentionParams& p) { return split_pays<In>(p, p.bias.type == BiasType::kNone ? 1 : 3); }
+  static bool pays(const AttentionParams& p) { return split_pays<In>(p, p.bias.type == BiasType::kNone ? 1 : 1.5); }
 
   // What is left to multiply into the products of Q and K.
   float scale() const { return scale_.scores; }

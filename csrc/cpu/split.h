@@ -34,9 +34,9 @@ constexpr int kComputedParts = kParts<In> == 3 ? 3 : 2;
 // Whether attention is faster in parts than with FMAs: few keys are packed for too few products, and padded to whole
 // tiles. Measured at 16 to 128 keys and head dims 32 and 64 (benchmarks/NOTES.md).
 template <class In>
-bool split_pays(const AttentionParams& p, int64_t favour = 1) {
+bool split_pays(const AttentionParams& p, double favour = 1) {
   constexpr int64_t kLeast = kParts<In> == 3 ? 64 * 64 : kParts<In> == 2 ? 64 * 32 : 40 * 32;
-  return p.seqlen_q >= kTileDepth && p.seqlen_k * min64(p.head_dim, 64) * favour >= kLeast;
+  return p.seqlen_q >= kTileDepth && double(p.seqlen_k * min64(p.head_dim, 64)) * favour >= kLeast;
 }
 
 // The largest magnitude of what was packed, asked once per operand.
