@@ -47,7 +47,7 @@ BACKENDS = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 BUSY = 0.25
 INTERRUPTED = "interrupted"
 LOST = "the device is lost to this process"
-REPEATS = {"cpu": 15, "cuda": 30}
+REPEATS = {"cpu": 24, "cuda": 30}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

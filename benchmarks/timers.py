@@ -1,13 +1,15 @@
 """Times of several ways to do one thing, taken in turn, so that whatever else a machine does hits all of them.
 
-On a CPU the clock is the host's. On a GPU it is events around replays of CUDA graphs, each after a buffer larger than
-the second-level cache has been written; the same calls are also timed without a graph, launch overhead included.
+On a CPU the clock is the host's, and the order of the ways is drawn anew for each sample. On a GPU it is events around
+replays of CUDA graphs, each after a buffer larger than the second-level cache has been written; the same calls are also
+timed without a graph, launch overhead included.
 """
 
 from __future__ import annotations
 
 import gc
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -133,8 +135,14 @@ def _on_host(entries: Sequence[Entry], repeats: int) -> tuple[dict[str, Times], 
         calls[entry.name] = (call, number)
         times[entry.name] = Times()
     gc.collect()
+    # In an order drawn anew each time: who always comes after the same other finds the caches as that one leaves them,
+    # and an SDPA that follows a call on the same tensors has them warm.
+    order = list(calls)
+    draw = random.Random(0)
     for _ in range(repeats):
-        for name, (call, number) in calls.items():
+        draw.shuffle(order)
+        for name in order:
+            call, number = calls[name]
             if number > 1:
                 # The one before it was somebody else's, and left the caches to him.
                 call()

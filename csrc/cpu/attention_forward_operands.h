@@ -94,10 +94,7 @@ class ForwardOperands<BFloat16> {
   static constexpr int64_t kChunk = kKeys;
 
   ForwardOperands(const AttentionParams& p, int64_t keys_per_block)
-      : p_(p),
-        keys_per_block_(keys_per_block),
-        depth_(round_up(p.head_dim, kTileDepth)),
-        padded_dim_v_(round_up(p.head_dim_v, kTilePanel)) {}
+      : p_(p), keys_per_block_(keys_per_block), depth_(round_up(p.head_dim, kTileDepth)) {}
 
   void allocate(Arena& arena) {
     const int64_t keys = round_up(p_.seqlen_k, kTilePanel);
@@ -150,7 +147,7 @@ class ForwardOperands<BFloat16> {
                         (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
   }
 
-  // Its products are too few to wait for rows beside them.
+  // Its products are too short for rows to arrive meanwhile.
   int64_t products() const { return 0; }
   void multiply_keys(int64_t count, int64_t key, int64_t keys, float* scores, int64_t panel, Ahead&) const {
     tile_product({query_, tile_stride(depth_), key_ + key * depth_, scores, kTilePanel, panel}, count, keys, depth_,
@@ -165,7 +162,7 @@ class ForwardOperands<BFloat16> {
 
  private:
   const AttentionParams& p_;
-  const int64_t keys_per_block_, depth_, padded_dim_v_;
+  const int64_t keys_per_block_, depth_;
   const BFloat16** value_rows_;
   BFloat16 *key_, *value_, *query_, *probabilities_;
 };
