@@ -117,6 +117,30 @@ def test_bias_broadcasts_without_a_copy(kind: str, shape: tuple[int, ...]) -> No
     )
 
 
+@pytest.mark.parametrize(
+    ("dtype", "within"),
+    [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["bool", "query's", "float32"])
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(1, 1), (16, 16), (35, 19), (20, 49)])
+def test_a_bias_of_any_dtype_is_read_within_its_rows(
+    dtype: torch.dtype, within: float, kind: str, seqlen_q: int, seqlen_k: int
+) -> None:
+    query, key, value = (tensor.to(dtype) for tensor in qkv(seqlen=max(seqlen_q, seqlen_k), dim=24))
+    query, key, value = query[:, :, :seqlen_q], key[:, :, :seqlen_k], value[:, :, :seqlen_k]
+    of = {"bool": torch.bool, "query's": dtype, "float32": torch.float32}[kind]
+    # What lies beside the rows and beyond the last one would show: NaN, or True where the row says False.
+    wide = torch.full((3, seqlen_q + 1, seqlen_k + 5), 1 if kind == "bool" else torch.nan).to(of)
+    bias = wide[:, :seqlen_q, 3 : 3 + seqlen_k]
+    bias.copy_(torch.randn(bias.shape) > 0 if kind == "bool" else torch.randn(bias.shape))
+    bias[0, :, 1:2] = False if kind == "bool" else -torch.inf
+    bias[..., 0] = 1
+    expected = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), _double(bias))
+    result = fastvit.attention(query, key, value, bias=bias, backend="cpu")
+    torch.testing.assert_close(result.double(), expected, rtol=within, atol=within)
+
+
 def _double(bias: Tensor) -> Tensor:
     return bias if bias.dtype == torch.bool else bias.double()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
@@ -142,6 +144,21 @@ def test_a_peer_that_does_something_else_is_not_timed() -> None:
     assert set(times) == {"a", "b"}
     assert set(absent) == {"c", "d", "e"}
     assert all("differs" in reason for reason in absent.values())
+
+
+def test_nobody_always_comes_after_the_same_other() -> None:
+    seen: list[str] = []
+    names = "abc"
+    # Long enough that a sample is one call, and that the calls before them, to find that out, are few.
+    entries = [
+        Entry(name, lambda name=name: lambda: (seen.append(name), time.sleep(timers.SHORTEST_SAMPLE))) for name in names
+    ]
+    timers.measure(entries, 24, "cpu")
+    rounds = ["".join(seen[-72:][i : i + 3]) for i in range(0, 72, 3)]
+    assert all(sorted(order) == list(names) for order in rounds)
+    for name in names:
+        before = {seen[i - 1] for i in range(len(seen) - 71, len(seen)) if seen[i] == name}
+        assert before >= set(names) - {name}
 
 
 def test_what_a_peer_raises_is_its_reason() -> None:

@@ -134,14 +134,17 @@ def test_prefetches_reach_the_binary(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     if compiler is None:
         pytest.skip("needs a C++ compiler")
     flags = read_setup(monkeypatch)["INSTRUCTION_SETS"]["amx"].split()
-    parameters = "const float* source, const SplitMatrix<3>& target, Range& range"
+    parameters = "const float* source, const SplitMatrix<3>& target, Range& range, Ahead& ahead"
     calls = {
         "rows_of_a": "split_a(source, 2304, 197, 64, 1.0f, target, range)",
         "columns_of_b": "split_b(source, 2304, 64, 197, 1.0f, target, range)",
         "transposed_b": "split_b_transposed(source, 2304, 197, 64, 1.0f, target, range)",
         "transposed_a": "split_a_transposed(source, 2304, 64, 197, target, range)",
         "to_write": "fetch_rows<true>(source, 2304, 197, 64)",
+        "ahead": "ahead.add(source, 2304, 197, 64); ahead.spread(3); ahead.fetch()",
+        "transposed_pairs": "pack_transposed((const BFloat16*)source, 1152, 197, 64, target.data)",
     }
+    instructions = dict.fromkeys(calls, "prefetcht0") | {"to_write": "prefetchw", "ahead": "prefetcht1"}
     functions = [f'extern "C" void {name}({parameters}) {{ {call}; }}' for name, call in calls.items()]
     source = ['#include "split.h"', "using namespace fastvit::cpu::probe;", *functions]
     (tmp_path / "probe.cpp").write_text("\n".join(source))
@@ -152,7 +155,7 @@ def test_prefetches_reach_the_binary(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     for name in calls:
         called = re.findall(r"\t(?:call|jmp)\t([\w.]+)", bodies[name])
         text = bodies[name] + "".join(bodies.get(symbol, "") for symbol in called)
-        assert ("prefetchw" if name == "to_write" else "prefetcht0") in text, name
+        assert instructions[name] in text, name
 
 
 @pytest.mark.parametrize(("given", "expected"), [("", ["_C"]), ("1", ["_C", "_emulator"]), ("only", ["_emulator"])])

@@ -37,7 +37,7 @@ needs_tiles = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
 
 
 # One token, tiles and panels that are not full, both ways to split the work (at 256 tokens), W in several parts, K that
-# ends within a step, within a pair, and on either side of a pass of 256.
+# ends within a step, within a pair, and on either side of a pass of 256 and of what is kept of an operand (18 steps).
 @needs_tiles
 @pytest.mark.parametrize(
     ("batch", "grid", "patch", "dim"),
@@ -51,6 +51,8 @@ needs_tiles = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
         (2, (13, 13), (16, 16), 900),
         (2, (5, 29), (9, 9), 150),
         (2, (5, 29), (8, 11), 97),
+        (2, (3, 7), (14, 14), 70),
+        (1, (15, 20), (8, 24), 48),
     ],
 )
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
