@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -82,7 +83,7 @@ def measure() -> Iterator[Launch]:
 
 def read() -> list[Launch]:
     """Return the committed table."""
-    kinds = {field.name: int if field.type == "int" else str for field in fields(Launch)}
+    kinds: dict[str, Any] = {field.name: int if field.type == "int" else str for field in fields(Launch)}
     with open(TABLE, newline="") as file:
         return [Launch(**{name: kinds[name](value) for name, value in row.items()}) for row in csv.DictReader(file)]
 

@@ -10,6 +10,7 @@ import importlib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -90,8 +91,10 @@ def planning(device: Device) -> Iterator[Callable[[Call], list[Note]]]:
         call()
         return [(demangle(name), *sizes) for name, *sizes in emulator.launches()]
 
-    fills = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    # torch makes this attribute when it is imported, where no type checker sees it.
+    deterministic: Any = torch.utils.deterministic
+    fills = deterministic.fill_uninitialized_memory
+    deterministic.fill_uninitialized_memory = False
     emulator.configure(
         multiprocessors=device.multiprocessors,
         shared_bytes=device.shared_bytes_per_block,
@@ -102,7 +105,7 @@ def planning(device: Device) -> Iterator[Callable[[Call], list[Note]]]:
         yield noted
     finally:
         emulator.configure()
-        torch.utils.deterministic.fill_uninitialized_memory = fills
+        deterministic.fill_uninitialized_memory = fills
 
 
 def attention_calls(case: AttentionCase) -> dict[str, Call]:
@@ -126,11 +129,12 @@ def attention_calls(case: AttentionCase) -> dict[str, Call]:
         kind = {"bool": torch.bool, "additive": case.dtype, "float32": torch.float32}[case.bias]
         shape = case.bias_shape or (1, heads, case.seqlen_q, case.seqlen_k)
         bias = torch.empty(shape, dtype=kind).expand(batch, heads, case.seqlen_q, case.seqlen_k)
-    options = {"is_causal": case.is_causal, "scale": 1.0}
     tensors = (query, key, value, bias, output, lse)
     return {
-        "forward": lambda: cuda.attention_forward(*tensors, **options),
-        "backward": lambda: cuda.attention_backward(output, None, *tensors, query, key, value, **options),
+        "forward": lambda: cuda.attention_forward(*tensors, is_causal=case.is_causal, scale=1.0),
+        "backward": lambda: cuda.attention_backward(
+            output, None, *tensors, query, key, value, is_causal=case.is_causal, scale=1.0
+        ),
     }
 
 

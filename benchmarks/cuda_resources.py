@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -201,9 +202,21 @@ def measure() -> list[Resources]:
         kernel, device = demangle(name), devices[arch]
         work, threads, shared = taken[arch][kernel]
         blocks = blocks_per_multiprocessor(device, threads, shared, registers)
-        launch = (device.name, work, threads, shared, blocks)
-        row = Resources(kernel, arch, registers, stack, *counts[name, arch].values(), *launch, module.cuda_compiler())
-        rows.append(row)
+        rows.append(
+            Resources(
+                kernel,
+                arch,
+                registers,
+                stack,
+                **counts[name, arch],
+                device=device.name,
+                work=work,
+                threads=threads,
+                shared_bytes=shared,
+                blocks_per_multiprocessor=blocks,
+                nvcc=module.cuda_compiler(),
+            )
+        )
     return sorted(rows, key=lambda row: (_natural(row.kernel), row.arch))
 
 
@@ -229,7 +242,7 @@ def faults(rows: Iterable[Resources]) -> list[str]:
 
 def read() -> list[Resources]:
     """Return the committed table."""
-    kinds = {field.name: int if field.type == "int" else str for field in fields(Resources)}
+    kinds: dict[str, Any] = {field.name: int if field.type == "int" else str for field in fields(Resources)}
     with open(TABLE, newline="") as file:
         return [Resources(**{name: kinds[name](value) for name, value in row.items()}) for row in csv.DictReader(file)]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,7 +93,7 @@ def _timm() -> Iterator[Architecture]:
         return model
 
     for name, size, options in TIMM:
-        yield Architecture("timm", name, lambda name=name, options=options: build(name, options),
+        yield Architecture("timm", name, partial(build, name, options),
                            (_images(size, seed=SEEDS.get(name, 7)),))  # fmt: skip
 
 
@@ -111,7 +112,7 @@ def _torchvision() -> Iterator[Architecture]:
         return kind(size, patch, DEPTH, heads, width, mlp)
 
     for name, sizes in TORCHVISION.items():
-        yield Architecture("torchvision", name, lambda sizes=sizes: build(*sizes), (_images(sizes[-1]),))
+        yield Architecture("torchvision", name, partial(build, *sizes), (_images(sizes[-1]),))
     yield Architecture("torchvision", "vit_b_16 (conv stem)", _conv_stem, (_images(224),))
     for name, build_other in (("swin_t", _swin_t), ("swin_v2_t", _swin_v2_t), ("maxvit_t", _maxvit_t)):
         yield Architecture("torchvision", name, build_other, (_images(224),))
@@ -166,7 +167,7 @@ def _transformers() -> Iterator[Architecture]:
         yield Architecture(
             "transformers",
             model,
-            lambda config=config, model=model, options=options: build(config, model, options),
+            partial(build, config, model, options),
             keywords={"pixel_values": _images(224)},
         )
     length = 77
@@ -183,7 +184,7 @@ def _transformers() -> Iterator[Architecture]:
         yield Architecture(
             "transformers",
             f"{name}Model (both towers)",
-            lambda name=name: _both_towers(name),
+            partial(_both_towers, name),
             keywords={"pixel_values": _images(224, 2), "input_ids": words},
         )
     flattened = torch.randn(256, 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(7))
@@ -234,7 +235,7 @@ def _open_clip() -> Iterator[Architecture]:
 
     text = torch.randint(1, 40000, (1, 77), generator=torch.Generator().manual_seed(7))
     for name in ("ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-S-16"):
-        yield Architecture("open_clip", name, lambda name=name: build(name), (_images(224), text))
+        yield Architecture("open_clip", name, partial(build, name), (_images(224), text))
 
 
 def _torch_nn() -> Iterator[Architecture]:
