@@ -88,7 +88,8 @@ def _options(suites: tuple[str, ...], arguments: list[str], device: str) -> tupl
     parser.add_argument(
         "--budget", type=float, default=float("inf"), metavar="SECONDS", help="begin no case after this"
     )
-    parser.add_argument("--repeats", type=int, default=0, metavar="N", help="samples per case (CPU: 24, GPU: 30)")
+    samples = "samples per case (CPU: {cpu}, GPU: {cuda})".format(**runner.REPEATS)
+    parser.add_argument("--repeats", type=int, default=0, metavar="N", help=samples)
     parser.add_argument("--threads", type=int, nargs="+", metavar="N", help="CPU: numbers of threads (1 and all)")
     parser.add_argument("--all-peers", action="store_true", help="also peers that compile for every shape")
     parser.add_argument("--build", action="store_true", help="first build a wheel: its time and size, in minutes")

@@ -7,7 +7,6 @@ machine; without architectures it reads what ninja noted of the build that lies 
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
 import importlib
 import os
@@ -15,10 +14,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import harness
+from benchmarks import committed, harness
 
 TABLE = Path(__file__).parent / "build_times.csv"
 SOURCES = ("csrc/*.*", "csrc/ops/*", "csrc/cpu/*", "csrc/cuda/*", "setup.py")
@@ -143,17 +142,12 @@ def build(architectures: str, jobs: int) -> BuildTime:
 
 def read() -> list[BuildTime]:
     """Return the committed table."""
-    kinds = {field.name: {"int": int, "float": float}.get(str(field.type), str) for field in fields(BuildTime)}
-    with open(TABLE, newline="") as file:
-        return [BuildTime(**{name: kinds[name](value) for name, value in row.items()}) for row in csv.DictReader(file)]
+    return committed.read_rows(BuildTime, TABLE)
 
 
 def write(rows: Sequence[BuildTime]) -> None:
     """Write the table."""
-    with open(TABLE, "w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(BuildTime)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+    committed.write_rows(BuildTime, rows, TABLE)
 
 
 def main() -> None:

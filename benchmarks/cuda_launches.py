@@ -8,16 +8,14 @@ benchmarks/cuda_resources.csv. Needs no GPU.
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from benchmarks import cuda_resources
+from benchmarks import committed, cuda_resources
 from benchmarks.cuda_planning import (
     DEVICES,
     Call,
@@ -83,9 +81,7 @@ def measure() -> Iterator[Launch]:
 
 def read() -> list[Launch]:
     """Return the committed table."""
-    kinds: dict[str, Any] = {field.name: int if field.type == "int" else str for field in fields(Launch)}
-    with open(TABLE, newline="") as file:
-        return [Launch(**{name: kinds[name](value) for name, value in row.items()}) for row in csv.DictReader(file)]
+    return committed.read_rows(Launch, TABLE)
 
 
 def main() -> None:
@@ -98,10 +94,7 @@ def main() -> None:
     names = [field.name for field in fields(Launch)]
     print(",".join(names), *(",".join(str(value) for value in asdict(row).values()) for row in rows), sep="\n")
     if arguments.write:
-        with open(TABLE, "w", newline="") as file:
-            writer = csv.DictWriter(file, names, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
+        committed.write_rows(Launch, rows, TABLE)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ benchmarks/cuda_resources.csv, which a test compares with the build.
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib
 import os
 import re
@@ -18,11 +17,10 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from benchmarks import cuda_forms, device_cases
+from benchmarks import committed, cuda_forms, device_cases
 from benchmarks.cuda_planning import (
     DEVICES,
     Call,
@@ -242,9 +240,7 @@ def faults(rows: Iterable[Resources]) -> list[str]:
 
 def read() -> list[Resources]:
     """Return the committed table."""
-    kinds: dict[str, Any] = {field.name: int if field.type == "int" else str for field in fields(Resources)}
-    with open(TABLE, newline="") as file:
-        return [Resources(**{name: kinds[name](value) for name, value in row.items()}) for row in csv.DictReader(file)]
+    return committed.read_rows(Resources, TABLE)
 
 
 def main() -> int:
@@ -259,10 +255,7 @@ def main() -> int:
     for row in rows:
         print(",".join(str(value) for value in asdict(row).values()))
     if arguments.write:
-        with open(TABLE, "w", newline="") as file:
-            writer = csv.DictWriter(file, names, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
+        committed.write_rows(Resources, rows, TABLE)
     wrong = faults(rows)
     print(f"{len(rows)} kernels, {len(wrong)} faults", *wrong, sep="\n", file=sys.stderr)
     return bool(wrong)

@@ -42,10 +42,10 @@ CONTESTS: dict[str, Callable[..., Contest]] = {
     "overhead": suite_overhead.contest,
 }
 BACKENDS = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
-# How a run ends whose device has faulted: what comes after in the same process fails, whatever it is.
 # Our own helpers (git, collect_env) count as others: what a short run shows of them is less than this.
 BUSY = 0.25
 INTERRUPTED = "interrupted"
+# How a run ends whose device has faulted: what comes after in the same process fails, whatever it is.
 LOST = "the device is lost to this process"
 REPEATS = {"cpu": 24, "cuda": 30}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
