@@ -38,7 +38,11 @@ def contest(work: Work, device: str, backends: Sequence[str], costly: bool = Fal
     def entry(name: str, backend: str | None, version: str) -> Entry:
         # "eager" is timed as the host launches it, and "compiled" too: a graph would hide what the mode is about.
         return Entry(
-            name, lambda: _build(model, shape, work.dtype, device, backend), version, graph=shape.mode == "graphed"
+            name,
+            lambda: _build(model, shape, work.dtype, device, backend),
+            version,
+            graph=shape.mode == "graphed",
+            follows_itself=True,
         )
 
     return Contest(

@@ -3,7 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/kernels.h"
-#include "ops/attention_cpu.h"
+#include "ops/outputs_cpu.h"
 #include "ops/probes_cpu.h"
 
 PYBIND11_MODULE(_C, m) {
@@ -43,7 +43,7 @@ PYBIND11_MODULE(_C, m) {
       "beside it, and only where heads do not deal out evenly. A thread keeps its scratch until it ends.");
   m.def("held_scratch", &fastvit::held_scratch, "Return the bytes of scratch that the calling thread holds.");
   m.def("poison_outputs", &fastvit::poison_outputs, pybind11::arg("wanted"),
-        "Fill the outputs that fastvit::attention.cpu allocates with NaN before the kernel runs: for tests.");
+        "Fill the outputs that the ops of fastvit::*.cpu allocate with NaN before the kernel runs: for tests.");
   m.def(
       "cuda_architectures", [] { return std::string(FASTVIT_CUDA_ARCHITECTURES); },
       "Return the CUDA architectures in this build, separated by spaces; empty without CUDA kernels.");

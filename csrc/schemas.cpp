@@ -39,5 +39,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastvit, m) {
   m.def(
       "attention_qkvpacked.cpu(Tensor qkv, Tensor? bias, bool is_causal, float scale)"
       " -> (Tensor output, Tensor lse)");
+  m.def("patch_embed.cpu(Tensor images, Tensor weight, Tensor? bias) -> Tensor");
 }
 #endif

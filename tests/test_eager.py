@@ -137,6 +137,90 @@ def test_who_wants_to_see_the_op_sees_it() -> None:
     assert inside == [False, False]
 
 
+def patches(
+    batch: int = 2, channels: int = 3, size: tuple[int, int] = (8, 12), patch: tuple[int, int] = (4, 6), width: int = 5
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(batch, channels, *size), torch.randn(width, channels, *patch), torch.randn(width)
+
+
+@pytest.mark.parametrize("batch", [0, 1, 3])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_the_straight_way_of_patch_embed_gives_the_same(
+    batch: int, dtype: torch.dtype, has_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, weight, bias = (tensor.to(dtype) for tensor in patches(batch, size=(32, 48), patch=(16, 8), width=40))
+    given = (images, torch.nn.Parameter(weight), bias if has_bias else None)
+    with torch.no_grad():
+        assert eager.patch_embed_goes_straight(None, *given)
+        straight = fastvit.patch_embed(*given)
+        monkeypatch.setattr(fastvit.ops.backends, "direct_calls", False)
+        assert not eager.patch_embed_goes_straight(None, *given)
+        chosen = fastvit.patch_embed(*given)
+    assert_same((straight, straight), (chosen, chosen))
+
+
+def test_patch_embed_goes_straight_only_where_nobody_looks_and_everything_fits() -> None:
+    images, weight, bias = patches()
+    goes = eager.patch_embed_goes_straight
+    assert goes(None, images, weight, bias)
+    assert goes("cpu", images, weight, None)
+    assert not goes("reference", images, weight, bias)
+    for context in (
+        fastvit.backend("reference"),
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        Quiet(),
+        QuietFunctions(),
+        torch.autograd.forward_ad.dual_level(),
+    ):
+        with context:
+            assert not goes(None, images, weight, bias), context
+    assert not goes(None, images, torch.nn.Parameter(weight), bias)
+    assert not goes(None, images.as_subclass(Subclass), weight, bias)
+    assert not goes(None, images, weight, bias.as_subclass(Subclass))
+    assert not goes(None, images.to("meta"), weight, bias)
+    # Read in place or copied by the long way, which gives the same.
+    for layout in (
+        (images.to(memory_format=torch.channels_last), weight, bias),
+        (images, weight.to(memory_format=torch.channels_last), bias),
+        (images, weight, bias.repeat_interleave(2)[::2]),
+    ):
+        assert not goes(None, *layout)
+        torch.testing.assert_close(fastvit.patch_embed(*layout), fastvit.patch_embed(images, weight, bias))
+    for wrong, message in (
+        ((images[0], weight, bias), "images: got"),
+        ((images, weight[0], bias), "weight: got"),
+        ((images.double(), weight, bias), "weight: got"),
+        ((images.int(), weight.int(), None), "images: got"),
+        ((images[:, :2].contiguous(), weight, bias), "images: got 2 channels"),
+        ((images[:, :, :7].contiguous(), weight, bias), "images: got 7×12"),
+        ((images[:, :, :3].contiguous(), weight, bias), "images: got 3×12"),
+        ((images[:, :, :0].contiguous(), weight, bias), "images: got 0×12"),
+        ((images, weight[:0], bias[:0]), "weight: got"),
+        ((images, weight, bias[:4].contiguous()), "bias: got"),
+        ((images, weight, bias.double()), "bias: got"),
+        ((images, weight, bias[None].contiguous()), "bias: got"),
+    ):
+        assert not goes(None, *wrong)
+        with pytest.raises((TypeError, ValueError), match=message):
+            fastvit.patch_embed(*wrong)
+    with pytest.raises(TypeError, match="images: got list"):
+        fastvit.patch_embed([], weight, bias)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", [{"padding": (2, 3)}, {"stride": (2, 3)}, {"stride": (4, 6), "padding": 1}])
+def test_a_stride_or_a_padding_is_not_lost_on_the_straight_way(options: dict[str, Any]) -> None:
+    images, weight, bias = patches()
+    expected = torch.nn.functional.conv2d(images, weight, bias, **{"stride": (4, 6), **options})
+    torch.testing.assert_close(fastvit.patch_embed(images, weight, bias, **options), expected.flatten(2).mT)
+
+
+def test_a_profile_names_patch_embed() -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        fastvit.patch_embed(*patches())
+    assert [event.name for event in profile.events() if event.name.startswith("fastvit")] == ["fastvit::patch_embed"]
+
+
 def test_a_task_keeps_its_backend_after_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = three(1, 2, 5, 8)
     with fastvit.backend("reference"):

@@ -2,15 +2,13 @@
 // that the caller allocates, as on every device; fastvit::attention.cpu and attention_qkvpacked.cpu are the whole
 // public op in one call, because at a tiny shape each step of Python between schema and kernel takes as long as the
 // kernel.
-#include "attention_cpu.h"
-
 #include <algorithm>
-#include <atomic>
 #include <limits>
 #include <tuple>
 
 #include "../cpu/attention_threads.h"
 #include "attention_params.h"
+#include "outputs_cpu.h"
 
 namespace fastvit {
 namespace {
@@ -36,23 +34,6 @@ void attention_backward(const Tensor& grad_output, const std::optional<Tensor>& 
 
 using Outputs = std::tuple<Tensor, Tensor>;
 
-std::atomic<bool> poison{false};
-
-// By the stable ABI's own function, a tenth of a call of torch.empty; torch does not fill such memory, so that tests
-// have a switch of ours.
-Tensor empty(std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides, const Operand& like,
-             ScalarType dtype) {
-  AtenTensorHandle handle;
-  const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides.begin(), code,
-                                                  like.device_type, like.device_index, &handle));
-  Tensor tensor(handle);
-  if (poison.load(std::memory_order_relaxed)) {
-    torch::stable::fill_(tensor, std::numeric_limits<double>::quiet_NaN());
-  }
-  return tensor;
-}
-
 // Rows contiguous. Writes [B, N, H, D] in memory; is_packed returns it in this order of dimensions too.
 Outputs attend(const Operand& query, const Operand& key, const Operand& value, const std::optional<Tensor>& bias,
                bool is_causal, double scale, bool is_packed) {
@@ -60,9 +41,9 @@ Outputs attend(const Operand& query, const Operand& key, const Operand& value, c
   // Strides as torch.empty has them, which counts an empty dimension as one.
   const int64_t steps = std::max<int64_t>(rows, 1), columns = std::max<int64_t>(heads, 1), width = value.sizes[3];
   const int64_t token = columns * width, image = steps * token;
-  Outputs outputs{is_packed ? empty({batch, rows, heads, width}, {image, token, width, 1}, query, query.dtype)
-                            : empty({batch, heads, rows, width}, {image, width, token, 1}, query, query.dtype),
-                  empty({batch, heads, rows}, {columns * steps, steps, 1}, query, accumulate_type(query.dtype))};
+  Outputs outputs{is_packed ? empty_cpu({batch, rows, heads, width}, {image, token, width, 1}, query.dtype)
+                            : empty_cpu({batch, heads, rows, width}, {image, width, token, 1}, query.dtype),
+                  empty_cpu({batch, heads, rows}, {columns * steps, steps, 1}, accumulate_type(query.dtype))};
   auto& [output, lse] = outputs;
   if (batch * heads * rows == 0) return outputs;
   if (key.sizes[2] == 0) {
@@ -100,8 +81,6 @@ Outputs attention_qkvpacked(const Tensor& qkv, const std::optional<Tensor>& bias
 }
 
 }  // namespace
-
-void poison_outputs(bool wanted) { poison.store(wanted, std::memory_order_relaxed); }
 
 }  // namespace fastvit
 

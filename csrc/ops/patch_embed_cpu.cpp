@@ -1,5 +1,9 @@
-// fastvit_native::patch_embed_* on the CPU: tensors → params → tasks over torch's threads.
+// The patch embedding on the CPU: tensors → params → tasks over torch's threads. fastvit_native::patch_embed_* write into
+// outputs that the caller allocates, as on every device; fastvit::patch_embed.cpu is the whole public op in one call.
+#include <algorithm>
+
 #include "../cpu/kernels.h"
+#include "outputs_cpu.h"
 #include "patch_embed_params.h"
 
 namespace fastvit {
@@ -33,6 +37,19 @@ void patch_embed_backward_images(const Tensor& grad_output, const Tensor& weight
       kernels.patch_embed_backward_images_tasks, kernels.patch_embed_backward_images);
 }
 
+// Images, weight and bias contiguous, the patches tile the images.
+Tensor patch_embed(const Tensor& images, const Tensor& weight, const std::optional<Tensor>& bias) {
+  STD_TORCH_CHECK(images.dim() == 4 && weight.dim() == 4, "images, weight: accepted are four dimensions");
+  const auto size = images.sizes(), patch = weight.sizes();
+  STD_TORCH_CHECK(patch[2] > 0 && patch[3] > 0, "weight: accepted are sizes of at least 1");
+  const int64_t tokens = size[2] / patch[2] * (size[3] / patch[3]), width = patch[0];
+  // Strides as torch.empty has them, which counts an empty dimension as one.
+  Tensor output = empty_cpu({size[0], tokens, width}, {std::max<int64_t>(tokens, 1) * width, width, 1},
+                            images.scalar_type());
+  if (size[0] * tokens > 0) patch_embed_forward(images, weight, bias, output, std::nullopt);
+  return output;
+}
+
 }  // namespace
 }  // namespace fastvit
 
@@ -41,3 +58,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastvit_native, CPU, m) {
   m.impl("patch_embed_backward_weight", TORCH_BOX(&fastvit::patch_embed_backward_weight));
   m.impl("patch_embed_backward_images", TORCH_BOX(&fastvit::patch_embed_backward_images));
 }
+
+STABLE_TORCH_LIBRARY_IMPL(fastvit, CPU, m) { m.impl("patch_embed.cpu", TORCH_BOX(&fastvit::patch_embed)); }

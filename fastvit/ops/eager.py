@@ -10,11 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from fastvit.kernels.spec import MAX_HEAD_DIM
 from fastvit.ops.backends import runs_natively
 from fastvit.ops.checks import FLOATING
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 try:
     from torch._C import (
@@ -72,13 +74,43 @@ def packed_goes_straight(backend: str | None, qkv: Tensor, bias: Tensor | None) 
     return len(shape) == 5 and shape[2] == 3 and 0 < shape[4] <= MAX_HEAD_DIM and runs_natively(backend)
 
 
+def patch_embed_goes_straight(backend: str | None, images: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Return whether the tensors are what :func:`fastvit.patch_embed` accepts, tile the images, lie contiguous and may
+    go straight. Other layouts take the long way, which reads or copies them.
+    """
+    tensors = (images, weight) if bias is None else (images, weight, bias)
+    if _is_watched(None):
+        return False
+    for tensor in tensors:
+        if (
+            type(tensor) not in _PLAIN
+            or not tensor.is_cpu
+            or (tensor.requires_grad and torch.is_grad_enabled())
+            or tensor.dtype is not images.dtype
+            or not tensor.is_contiguous()
+        ):
+            return False
+    size, patch = images.shape, weight.shape
+    return (
+        images.dtype in FLOATING
+        and len(size) == len(patch) == 4
+        and size[1] == patch[1]
+        and min(patch) > 0
+        and size[2] >= patch[2]
+        and size[3] >= patch[3]
+        and size[2] % patch[2] == size[3] % patch[3] == 0
+        and (bias is None or bias.shape == patch[:1])
+        and runs_natively(backend)
+    )
+
+
 def _is_watched(bias: Tensor | None) -> bool:
     """Return whether something changes or records what ops do: a compiler or tracer, autocast, torch.func, a mode, or a
     bias of a class of its own. Shapes must not even be compared then: it could become a condition of the graph.
     """
     return (
         not CAN_TELL
-        or is_compiling()
+        or is_dynamo_compiling()
         or _len_torch_dispatch_stack() > 0
         or _len_torch_function_stack() > 0
         or _are_functorch_transforms_active()

@@ -27,6 +27,7 @@ from fastvit.ops.channels_last import (
     weight_from_one_channel,
 )
 from fastvit.ops.checks import check_pair, check_same, check_tensor, rows_contiguous
+from fastvit.ops.eager import patch_embed_goes_straight
 
 
 def patch_embed(
@@ -65,6 +66,9 @@ def patch_embed(
 
     Source: Dosovitskiy et al. 2021, equation 1; Li et al. 2022 (MViTv2) for patches that overlap.
     """
+    pads = type(padding) not in (int, tuple) or padding not in (0, (0, 0))
+    if stride is None and not pads and patch_embed_goes_straight(backend, images, weight, bias):
+        return torch.ops.fastvit.patch_embed.cpu(images, weight, bias)
     check_tensor("images", images, 4, "[B, C, H, W]")
     check_tensor("weight", weight, 4, "[D, C, Ph, Pw]")
     check_same("weight", weight, "images", images)
