@@ -70,14 +70,19 @@ struct QueryBlock {
   int64_t vectors() const { return ceil_div(count, kLanes<T>); }
 };
 
+template <class T>
+inline int64_t bias_offset(const BiasView& bias, const QueryBlock<T>& block, int64_t first_key) {
+  return block.batch * bias.batch_stride + block.head * bias.head_stride + block.first * bias.query_stride +
+         first_key * bias.key_stride;
+}
+
 // Adds the bias of keys [first_key, first_key + keys) to the scores [keys][kPanel]. `rows` and `lanes` are scratch of
 // kPanel · round_up(keys, kLanes) elements each.
 template <class T>
 void add_bias(const BiasView& bias, const QueryBlock<T>& block, int64_t first_key, int64_t keys, T* scores, T* rows,
               T* lanes) {
   constexpr int L = kLanes<T>;
-  const int64_t base = block.batch * bias.batch_stride + block.head * bias.head_stride +
-                       block.first * bias.query_stride + first_key * bias.key_stride;
+  const int64_t base = bias_offset(bias, block, first_key);
   if (bias.query_stride == 0) {
     load_bias_row(bias, base, keys, rows);
     for (int64_t j = 0; j < keys; ++j) {
@@ -135,8 +140,7 @@ bool add_bias_as_it_lies(const BiasView& bias, const QueryBlock<T>& block, T sca
   if (bias.key_stride != 1 || bias.query_stride == 0) return false;
   const auto add = [&](auto tag) {
     using In = typename decltype(tag)::type;
-    const In* source = static_cast<const In*>(bias.data) + block.batch * bias.batch_stride +
-                       block.head * bias.head_stride + block.first * bias.query_stride + first_key;
+    const In* source = static_cast<const In*>(bias.data) + bias_offset(bias, block, first_key);
     add_bias_in_squares<In, T>(source, bias.query_stride, block.count, scale, keys, scores);
     return true;
   };
@@ -180,20 +184,6 @@ constexpr int64_t kSumKeys = 32;
 template <class F>
 inline void for_each_run(int64_t keys, const F& f) {
   for (int64_t begin = 0; begin < keys; begin += kSumKeys) f(begin, min64(begin + kSumKeys, keys));
-}
-
-// Calls f(j, odd) for each j in [begin, end). What the even and what the odd ones add up stays in a register each,
-// which it does only because the compiler knows `odd`.
-template <int Odd>
-struct Parity {
-  static constexpr int value = Odd;
-};
-template <class F>
-inline void for_each_pair(int64_t begin, int64_t end, const F& f) {
-  for (int64_t j = begin; j < end; j += 2) {
-    f(j, Parity<0>{});
-    if (j + 1 < end) f(j + 1, Parity<1>{});
-  }
 }
 
 // The largest score of each lane over the keys, NaN ignored; -inf without keys.

@@ -11,6 +11,11 @@ namespace fastvit::cpu::FASTVIT_CAPABILITY {
 // 1024 keys × 32 queries × 4 bytes = 128 KiB of scores: they stay in the second-level cache.
 constexpr int64_t kKeyBlock = 1024;
 
+// Queries beside whole vectors of them (a class token makes 16 k + 1) that are computed one by one, which costs an eighth
+// of a vector each with 16 lanes, a quarter with 8.
+template <class T>
+constexpr int64_t kSingleQueries = kLanes<T> * 3 / 8;
+
 template <class In>
 class AttentionForward {
   using T = Compute<In>;
@@ -62,6 +67,9 @@ class AttentionForward {
     query_lanes_ = arena.take<T>(padded_dim_ * W);
     output_lanes_ = arena.take<T>(padded_dim_v_ * W);
     scores_ = arena.take<T>(keys_per_block_ * W);
+    query_row_ = arena.take<T>(padded_dim_);
+    score_row_ = arena.take<T>(keys_per_block_ + kTileStride<T>);
+    output_row_ = arena.take<T>(PackedMatrix<T>::size(p_.head_dim_v, 1));
     if (p_.bias.type != BiasType::kNone) {
       bias_rows_ = arena.take<T>(W * round_up(keys_per_block_, L));
       bias_lanes_ = arena.take<T>(W * round_up(keys_per_block_, L));
@@ -74,11 +82,28 @@ class AttentionForward {
             min64(keys_per_block_, p_.seqlen_k - first), p_.head_dim};
   }
 
-  void run_block(const QueryBlock<T>& block) {
-    const In* query = head_of<In>(p_.query, block.batch, block.head) + block.first * p_.query.row_stride;
-    fetch_rows(query, p_.query.row_stride, block.count, p_.head_dim);
-    fetch_rows<true>(head_of<In>(p_.output, block.batch, block.head) + block.first * p_.output.row_stride,
-                     p_.output.row_stride, block.count, p_.head_dim_v);
+  const In* query_of(const QueryBlock<T>& block) const {
+    return head_of<In>(p_.query, block.batch, block.head) + block.first * p_.query.row_stride;
+  }
+  In* output_of(const QueryBlock<T>& block) const {
+    return mutable_head_of<In>(p_.output, block.batch, block.head) + block.first * p_.output.row_stride;
+  }
+  T* lse_of(const QueryBlock<T>& block) const {
+    return static_cast<T*>(p_.lse) + (block.batch * p_.num_heads + block.head) * p_.seqlen_q + block.first;
+  }
+
+  void run_block(QueryBlock<T> block) {
+    fetch_rows(query_of(block), p_.query.row_stride, block.count, p_.head_dim);
+    fetch_rows<true>(output_of(block), p_.output.row_stride, block.count, p_.head_dim_v);
+    const int64_t rest = block.count % L, single = rest <= kSingleQueries<T> ? rest : 0;
+    const int64_t end = block.first + block.count;
+    block.count -= single;
+    if (block.count > 0) run_lanes(block);
+    for (block.first += block.count, block.count = 1; block.first < end; ++block.first) run_row(block);
+  }
+
+  void run_lanes(const QueryBlock<T>& block) {
+    const In* query = query_of(block);
     load_transposed(query, p_.query.row_stride, block.count, block.count, p_.head_dim, scale_.queries, query_lanes_, W);
     for (int v = 0; v < kTileVectors; ++v) {
       maximum_[v] = splat(T(-kInfinity));
@@ -97,6 +122,80 @@ class AttentionForward {
       }
     }
     write(block);
+  }
+
+  // One query by itself, keys and columns of V in the lanes.
+  void run_row(const QueryBlock<T>& block) {
+    load_row(query_of(block), p_.head_dim, scale_.queries, query_row_);
+    const auto in_tiles = [&](int64_t, int64_t tile) { return output_row_ + tile * kTileStride<T>; };
+    T high = T(-kInfinity), sum = 0;
+    const int64_t all_keys = p_.is_causal ? min64(p_.seqlen_k, block.first + 1) : p_.seqlen_k;
+    for (int64_t first_key = 0; first_key < all_keys; first_key += keys_per_block_) {
+      const int64_t keys = min64(keys_per_block_, all_keys - first_key);
+      // A tile's lanes beyond its rows are overwritten by the next tile.
+      row_product<T, false>(key_block(first_key), keys, 0, p_.head_dim, query_row_,
+                            [&](int64_t first, int64_t) { return score_row_ + first; });
+      finish_row(block, first_key, keys);
+      const T before = high;
+      high = maximum_of_row(keys, high);
+      const T offset = high == T(-kInfinity) ? T(0) : high;
+      if (first_key > 0) {
+        const T shrink = exp(splat(before - offset))[0];
+        sum *= shrink;
+        for (int64_t d = 0; d < PackedMatrix<T>::size(p_.head_dim_v, 1); d += L) {
+          store(output_row_ + d, load(output_row_ + d) * shrink);
+        }
+      }
+      sum += exponentials_of_row(keys, offset);
+      if (first_key == 0) {
+        row_product<T, false>(value_, p_.head_dim_v, 0, keys, score_row_, in_tiles);
+      } else {
+        row_product<T, true>(value_, p_.head_dim_v, first_key, keys, score_row_, in_tiles);
+      }
+    }
+    const T inverse = sum == T(0) ? T(0) : T(1) / sum;
+    for_each_tile(p_.head_dim_v, [&](int64_t first, int64_t columns, int64_t tile) {
+      for (int64_t d = 0; d < columns; d += L) {
+        store_first(load(in_tiles(first, tile) + d) * inverse, columns - d, output_of(block) + first + d);
+      }
+    });
+    store_first((high == T(-kInfinity) ? T(0) : high) + log_of_sum(splat(sum)), 1, lse_of(block));
+  }
+
+  // Scale and bias, and -inf up to a whole vector of keys.
+  void finish_row(const QueryBlock<T>& block, int64_t first_key, int64_t keys) {
+    const Vec<T> scale = splat(scale_.scores);
+    if (p_.bias.type != BiasType::kNone) {
+      load_bias_row(p_.bias, bias_offset(p_.bias, block, first_key), keys, bias_rows_);
+      for (int64_t j = 0; j < keys; j += L) store(score_row_ + j, load(score_row_ + j) * scale + load(bias_rows_ + j));
+    } else if (scale_.scores != T(1)) {
+      for (int64_t j = 0; j < keys; j += L) store(score_row_ + j, load(score_row_ + j) * scale);
+    }
+    for (int64_t j = keys; j % L != 0; ++j) score_row_[j] = T(-kInfinity);
+  }
+
+  T maximum_of_row(int64_t keys, T high) const {
+    Vec<T> lanes = splat(high);
+    for (int64_t j = 0; j < keys; j += L) lanes = maximum(load(score_row_ + j), lanes);
+    for (int lane = 0; lane < L; ++lane) high = lanes[lane] > high ? lanes[lane] : high;
+    return high;
+  }
+
+  // Turns the scores into probabilities, not yet divided by their sum, which it returns.
+  T exponentials_of_row(int64_t keys, T offset) {
+    Vec<T> lanes{};
+    for_each_run(ceil_div(keys, L), [&](int64_t begin, int64_t end) {
+      Vec<T> sum[2] = {};
+      for_each_pair(begin, end, [&](int64_t j, auto odd) {
+        const Vec<T> exponential = exp(load(score_row_ + j * L) - offset);
+        store(score_row_ + j * L, exponential);
+        sum[odd.value] += exponential;
+      });
+      lanes += sum[0] + sum[1];
+    });
+    T sum = 0;
+    for (int lane = 0; lane < L; ++lane) sum += lanes[lane];
+    return sum;
   }
 
   // Turns vector v of the scores into probabilities, not yet divided by their sum.
@@ -126,8 +225,8 @@ class AttentionForward {
   }
 
   void write(const QueryBlock<T>& block) {
-    T* lse = static_cast<T*>(p_.lse) + (block.batch * p_.num_heads + block.head) * p_.seqlen_q + block.first;
-    In* output = mutable_head_of<In>(p_.output, block.batch, block.head) + block.first * p_.output.row_stride;
+    T* lse = lse_of(block);
+    In* output = output_of(block);
     for (int v = 0; v < block.vectors(); ++v) {
       const int64_t lanes = min64(L, block.count - v * L);
       // A sum of exactly 0 is a row without keys: its output is 0. A NaN sum compares false and stays NaN.
@@ -143,6 +242,7 @@ class AttentionForward {
   const Scale<T> scale_;
   int64_t key_blocks_, keys_per_block_, padded_dim_, padded_dim_v_;
   T *key_, *query_lanes_, *output_lanes_, *scores_;
+  T *query_row_, *score_row_, *output_row_;
   PackedMatrix<T> value_{};
   T *bias_rows_ = nullptr, *bias_lanes_ = nullptr;
   Vec<T> maximum_[kTileVectors], sum_[kTileVectors];

@@ -102,6 +102,35 @@ inline void packed_product(const PackedMatrix<T>& a, int64_t rows, int64_t first
   });
 }
 
+// c[i] (+)= sum over k of a[k] · B[i][first_k + k], at least for the first `rows` rows of a packed B: one row of B per
+// lane, where packed_product has one column per lane and would fill the vector with nothing. Tile t of the sums begins
+// at target(first row, t) and is kTileStride long, whatever its rows.
+template <class T, bool Accumulate, class F>
+inline void row_product(const PackedMatrix<T>& b, int64_t rows, int64_t first_k, int64_t k, const T* a,
+                        const F& target) {
+  constexpr int64_t V = kTileStride<T> / kLanes<T>;
+  for_each_tile(b.rows, [&](int64_t first, int64_t, int64_t tile) {
+    if (first >= rows) return;
+    const T* source = b.tile(tile) + first_k * kTileStride<T>;
+    Vec<T> total[V] = {};
+    for (int64_t begin = 0; begin < k; begin += Multiply::kTerms) {
+      Vec<T> sum[2][V] = {};
+      for_each_pair(begin, min64(begin + Multiply::kTerms, k), [&](int64_t j, auto odd) {
+        const Vec<T> left = splat(a[j]);
+#pragma GCC unroll 4
+        for (int64_t v = 0; v < V; ++v) {
+          sum[odd.value][v] += left * load(source + j * kTileStride<T> + v * kLanes<T>);
+        }
+      });
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < V; ++v) total[v] += sum[0][v] + sum[1][v];
+    }
+    T* c = target(first, tile);
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < V; ++v, c += kLanes<T>) store(c, Accumulate ? load(c) + total[v] : total[v]);
+  });
+}
+
 // target[c][r] = factor · row(r)[c], widened, for one vector of rows and one of columns: rows and columns beyond the
 // given ones are zero, and columns beyond them are not written.
 template <bool Full, class In, class F>
