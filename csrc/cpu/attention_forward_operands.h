@@ -58,7 +58,8 @@ class ForwardOperands {
     split_pair<kComputed, false>((__m512)low, (__m512)high, probabilities_.tile(i, key) + i % kTileSide * kTileDepth);
   }
 
-  // Calls of ahead.fetch() in all products of a block.
+  // Whether rows that are wanted later arrive between the products; then, the calls of ahead.fetch() in a block's.
+  static constexpr bool kLooksAhead = true;
   int64_t products() const {
     return ceil_div(p_.seqlen_k, kTilePanel) + ceil_div(p_.seqlen_k, kChunk) * ceil_div(p_.head_dim_v, kTilePanel);
   }
@@ -147,8 +148,8 @@ class ForwardOperands<BFloat16> {
                         (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
   }
 
-  // Its products are too short for rows to arrive meanwhile.
-  int64_t products() const { return 0; }
+  // Too short for rows to arrive meanwhile.
+  static constexpr bool kLooksAhead = false;
   void multiply_keys(int64_t count, int64_t key, int64_t keys, float* scores, int64_t panel, Ahead&) const {
     tile_product({query_, tile_stride(depth_), key_ + key * depth_, scores, kTilePanel, panel}, count, keys, depth_,
                  false, [](int64_t) {});

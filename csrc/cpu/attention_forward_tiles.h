@@ -59,7 +59,7 @@ class AttentionForwardTiles {
       const int64_t first = task % per_head * kQueries, count = min64(kQueries, p_.seqlen_q - first);
       const In* query = head_of<In>(p_.query, batch, head) + first * p_.query.row_stride;
       if (operands_.pack_queries(query, count)) {
-        look_ahead(task, end);
+        if constexpr (Operands::kLooksAhead) look_ahead(task, end);
         run_block(batch, head, first, count);
       } else {
         plain_.run(task, task + 1);
@@ -79,7 +79,6 @@ class AttentionForwardTiles {
   // Has the queries of the next task asked for, and this task's part of the next head's keys and values.
   void look_ahead(int64_t task, int64_t end) {
     ahead_.clear();
-    if (operands_.products() == 0) return;
     const int64_t per_head = blocks_per_head(p_), block = task % per_head;
     const auto add_rows = [&](const View4& view, int64_t index, int64_t first, int64_t last, int64_t columns) {
       const In* head = head_of<In>(view, index / p_.num_heads, index % p_.num_heads);

@@ -270,17 +270,11 @@ template <int PartsA, int PartsB, int R, int C>
 inline void split_block(const SplitMatrix<PartsA>& a, const SplitMatrix<PartsB>& b, int64_t steps, bool add, float* c,
                         int64_t c_stride) {
   constexpr int64_t E = kTileElements;
-  const int64_t a_next = a.steps * a.kStep, b_next = b.steps * b.kStep, c_bytes = c_stride * 4;
+  const int64_t a_next = a.steps * a.kStep, b_next = b.steps * b.kStep;
   if (add) {
-    _tile_loadd(0, c, c_bytes);
-    if constexpr (C == 2) _tile_loadd(1, c + kTileSide, c_bytes);
-    if constexpr (R == 2) _tile_loadd(2, c + kTileSide * c_stride, c_bytes);
-    if constexpr (R == 2 && C == 2) _tile_loadd(3, c + kTileSide * c_stride + kTileSide, c_bytes);
+    load_tiles<R, C>(c, c_stride);
   } else {
-    _tile_zero(0);
-    if constexpr (C == 2) _tile_zero(1);
-    if constexpr (R == 2) _tile_zero(2);
-    if constexpr (R == 2 && C == 2) _tile_zero(3);
+    zero_tiles<R, C>();
   }
   for (int64_t step = 0; step < steps; ++step) {
     const BFloat16 *left = a.data + step * a.kStep, *right = b.data + step * b.kStep;
@@ -299,10 +293,7 @@ inline void split_block(const SplitMatrix<PartsA>& a, const SplitMatrix<PartsB>&
       multiply_parts<R, C, true, PartsA == 1>(left, a_next, right, b_next);
     }
   }
-  _tile_stored(0, c, c_bytes);
-  if constexpr (C == 2) _tile_stored(1, c + kTileSide, c_bytes);
-  if constexpr (R == 2) _tile_stored(2, c + kTileSide * c_stride, c_bytes);
-  if constexpr (R == 2 && C == 2) _tile_stored(3, c + kTileSide * c_stride + kTileSide, c_bytes);
+  store_tiles<R, C>(c, c_stride);
 }
 
 // C [rows][lanes] (+)= A [rows][k] · B [k][lanes] over the first `steps` steps of k; lanes at most 32. Whole tiles of C

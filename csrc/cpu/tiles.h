@@ -158,21 +158,38 @@ struct TileOperands {
   int64_t b_depth = 0;           // k of the packed B, where the product takes only a part of it
 };
 
+// Tiles 0 and 1 are the first row of R × C tiles of C, 2 and 3 the second; rows of C are c_stride floats apart.
+template <int R, int C>
+[[gnu::always_inline]] inline void zero_tiles() {
+  _tile_zero(0);
+  if constexpr (C == 2) _tile_zero(1);
+  if constexpr (R == 2) _tile_zero(2);
+  if constexpr (R == 2 && C == 2) _tile_zero(3);
+}
+template <int R, int C>
+[[gnu::always_inline]] inline void load_tiles(const float* c, int64_t c_stride) {
+  _tile_loadd(0, c, c_stride * 4);
+  if constexpr (C == 2) _tile_loadd(1, c + kTileSide, c_stride * 4);
+  if constexpr (R == 2) _tile_loadd(2, c + kTileSide * c_stride, c_stride * 4);
+  if constexpr (R == 2 && C == 2) _tile_loadd(3, c + kTileSide * c_stride + kTileSide, c_stride * 4);
+}
+template <int R, int C>
+[[gnu::always_inline]] inline void store_tiles(float* c, int64_t c_stride) {
+  _tile_stored(0, c, c_stride * 4);
+  if constexpr (C == 2) _tile_stored(1, c + kTileSide, c_stride * 4);
+  if constexpr (R == 2) _tile_stored(2, c + kTileSide * c_stride, c_stride * 4);
+  if constexpr (R == 2 && C == 2) _tile_stored(3, c + kTileSide * c_stride + kTileSide, c_stride * 4);
+}
+
 // R × C tiles of C over `steps` steps of k; `add` continues the sums that C holds.
 template <int R, int C>
 inline void tile_block(const TileOperands& o, int64_t steps, bool add) {
-  const int64_t a_bytes = o.a_stride * 2, c_bytes = o.c_stride * 4;
+  const int64_t a_bytes = o.a_stride * 2;
   const BFloat16 *a = o.a, *b = o.b;
   if (add) {
-    _tile_loadd(0, o.c, c_bytes);
-    if constexpr (C == 2) _tile_loadd(1, o.c + kTileSide, c_bytes);
-    if constexpr (R == 2) _tile_loadd(2, o.c + kTileSide * o.c_stride, c_bytes);
-    if constexpr (R == 2 && C == 2) _tile_loadd(3, o.c + kTileSide * o.c_stride + kTileSide, c_bytes);
+    load_tiles<R, C>(o.c, o.c_stride);
   } else {
-    _tile_zero(0);
-    if constexpr (C == 2) _tile_zero(1);
-    if constexpr (R == 2) _tile_zero(2);
-    if constexpr (R == 2 && C == 2) _tile_zero(3);
+    zero_tiles<R, C>();
   }
   for (int64_t step = 0; step < steps; ++step) {
     _tile_loadd(4, a, a_bytes);
@@ -186,10 +203,7 @@ inline void tile_block(const TileOperands& o, int64_t steps, bool add) {
     a += kTileDepth;
     b += 2 * kTileSide * kTileDepth;
   }
-  _tile_stored(0, o.c, c_bytes);
-  if constexpr (C == 2) _tile_stored(1, o.c + kTileSide, c_bytes);
-  if constexpr (R == 2) _tile_stored(2, o.c + kTileSide * o.c_stride, c_bytes);
-  if constexpr (R == 2 && C == 2) _tile_stored(3, o.c + kTileSide * o.c_stride + kTileSide, c_bytes);
+  store_tiles<R, C>(o.c, o.c_stride);
 }
 
 // C (+)= A · B, and done(column) for each panel of columns once it is whole, while the cache has it. A has memory for
@@ -268,20 +282,14 @@ template <int R, int C, bool StreamA, bool StreamB>
 template <int R, int C>
 inline void stream_block(const BFloat16* a, int64_t a_stride, const BFloat16* b, int64_t steps, bool keep_a, float* c) {
   const int64_t kept = min64(steps, kKeptSteps);
-  _tile_zero(0);
-  if constexpr (C == 2) _tile_zero(1);
-  if constexpr (R == 2) _tile_zero(2);
-  if constexpr (R == 2 && C == 2) _tile_zero(3);
+  zero_tiles<R, C>();
   if (keep_a) {
     stream_steps<R, C, false, true>(a, a_stride, b, 0, kept);
   } else {
     stream_steps<R, C, true, false>(a, a_stride, b, 0, kept);
   }
   stream_steps<R, C, true, true>(a, a_stride, b, kept, steps);
-  _tile_stored(0, c, kTilePanel * 4);
-  if constexpr (C == 2) _tile_stored(1, c + kTileSide, kTilePanel * 4);
-  if constexpr (R == 2) _tile_stored(2, c + kTileSide * kTilePanel, kTilePanel * 4);
-  if constexpr (R == 2 && C == 2) _tile_stored(3, c + kTileSide * kTilePanel + kTileSide, kTilePanel * 4);
+  store_tiles<R, C>(c, kTilePanel);
 }
 
 // A · B in blocks of 32 rows and a panel, each over all of k: done(row, column, sums) gets sums [32][kTilePanel].
