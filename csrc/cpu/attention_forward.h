@@ -11,8 +11,8 @@ namespace fastvit::cpu::FASTVIT_CAPABILITY {
 // 1024 keys × 32 queries × 4 bytes = 128 KiB of scores: they stay in the second-level cache.
 constexpr int64_t kKeyBlock = 1024;
 
-// Queries beside whole vectors of them (a class token makes 16 k + 1) that are computed one by one, which costs an eighth
-// of a vector each with 16 lanes, a quarter with 8.
+// Queries beside whole vectors of them (a class token makes 16 k + 1) that are computed one by one, which costs an
+// eighth of a vector each with 16 lanes, a quarter with 8.
 template <class T>
 constexpr int64_t kSingleQueries = kLanes<T> * 3 / 8;
 

@@ -1,5 +1,6 @@
-// The patch embedding on the CPU: tensors → params → tasks over torch's threads. fastvit_native::patch_embed_* write into
-// outputs that the caller allocates, as on every device; fastvit::patch_embed.cpu is the whole public op in one call.
+// The patch embedding on the CPU: tensors → params → tasks over torch's threads. fastvit_native::patch_embed_* write
+// into outputs that the caller allocates, as on every device; fastvit::patch_embed.cpu is the whole public op in one
+// call.
 #include <algorithm>
 
 #include "../cpu/kernels.h"
@@ -44,8 +45,8 @@ Tensor patch_embed(const Tensor& images, const Tensor& weight, const std::option
   STD_TORCH_CHECK(patch[2] > 0 && patch[3] > 0, "weight: accepted are sizes of at least 1");
   const int64_t tokens = size[2] / patch[2] * (size[3] / patch[3]), width = patch[0];
   // Strides as torch.empty has them, which counts an empty dimension as one.
-  Tensor output = empty_cpu({size[0], tokens, width}, {std::max<int64_t>(tokens, 1) * width, width, 1},
-                            images.scalar_type());
+  Tensor output =
+      empty_cpu({size[0], tokens, width}, {std::max<int64_t>(tokens, 1) * width, width, 1}, images.scalar_type());
   if (size[0] * tokens > 0) patch_embed_forward(images, weight, bias, output, std::nullopt);
   return output;
 }
