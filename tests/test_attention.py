@@ -303,8 +303,8 @@ def test_two_threads_at_once() -> None:
     assert failures == []
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-def test_each_instruction_set_holds_the_rule(capability: str) -> None:
+def run_in(capability: str, code: str) -> None:
+    """Run a program in this instruction set, which it cannot change once it has chosen one."""
     from fastvit import _C
 
     if not dict(_C.cpu_capabilities()).get(capability):
@@ -313,17 +313,46 @@ def test_each_instruction_set_holds_the_rule(capability: str) -> None:
         "import torch, fastvit._C as C\n"
         "from fastvit.testing import *\n"
         f"assert C.cpu_capability() == {capability!r}\n"
-        "dtypes = [torch.float32, torch.bfloat16, torch.float16]\n"
-        "for case in vit_attention_cases(dtypes):\n"
-        "    if case.seqlen_q <= 257:\n"
-        "        for result in check_attention(case, 'cpu'): assert result.passed, (case, str(result))\n"
-        "for case in vit_patch_embed_cases(dtypes):\n"
-        "    for result in check_patch_embed(case, 'cpu'): assert result.passed, (case, str(result))\n"
+        f"{code}"
         "print('held')\n"
     )
     environment = {"FASTVIT_CPU_CAPABILITY": capability, "PATH": "/usr/bin:/bin"}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert result.stdout == "held\n", result.stderr
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_each_instruction_set_holds_the_rule(capability: str) -> None:
+    run_in(
+        capability,
+        "dtypes = [torch.float32, torch.bfloat16, torch.float16]\n"
+        "for case in vit_attention_cases(dtypes):\n"
+        "    if case.seqlen_q <= 257:\n"
+        "        for result in check_attention(case, 'cpu'): assert result.passed, (case, str(result))\n"
+        "for case in vit_patch_embed_cases(dtypes):\n"
+        "    for result in check_patch_embed(case, 'cpu'): assert result.passed, (case, str(result))\n",
+    )
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_queries_beside_whole_vectors_hold_the_rule(capability: str) -> None:
+    # A few of them are computed one by one. 1030 keys come in two blocks, and a causal mask ends in the first.
+    run_in(
+        capability,
+        "import fastvit\n"
+        "masks = ({}, {'bias': 'additive'}, {'bias': 'bool', 'is_causal': True})\n"
+        "for queries in range(1, 20):\n"
+        "    of = {1: torch.float32, 45: torch.bfloat16, 46: torch.float16, 1030: torch.float32}\n"
+        "    for keys, dtype in of.items():\n"
+        "        for mask in masks:\n"
+        "            shape = (2, 3, queries, keys, 24, 40, dtype)\n"
+        "            case = AttentionCase(*shape, layout='bnhd', seed=queries, **mask)\n"
+        "            for result in check_attention(case, 'cpu', backward=False): assert result.passed, str(result)\n"
+        "    query, key, value = torch.randn(3, 1, 2, 1030, 24, dtype=torch.float64)\n"
+        "    query = query[:, :, :queries]\n"
+        "    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value)\n"
+        "    torch.testing.assert_close(fastvit.attention(query, key, value), expected, rtol=1e-12, atol=1e-12)\n",
+    )
 
 
 def test_inputs_are_left_as_they_were() -> None:

@@ -161,6 +161,24 @@ def test_nobody_always_comes_after_the_same_other() -> None:
         assert before >= set(names) - {name}
 
 
+def test_a_call_that_follows_itself_in_use_does_so_before_each_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def entry(name: str, follows_itself: bool) -> Entry:
+        call = lambda: (seen.append(name), time.sleep(timers.SHORTEST_SAMPLE))  # noqa: E731
+        return Entry(name, lambda: call, follows_itself=follows_itself)
+
+    times, _ = timers.measure([entry("a", True), entry("b", True), entry("c", False)], 20, "cpu")
+    rounds = ["".join(seen[-100:][i : i + 5]) for i in range(0, 100, 5)]
+    assert all("aa" in order and "bb" in order and order.count("c") == 1 for order in rounds), rounds
+    assert all(len(value.samples) == 20 for value in times.values())
+    # A long call is its own warm-up.
+    monkeypatch.setattr(timers, "LONGEST_TWICE", timers.SHORTEST_SAMPLE)
+    seen.clear()
+    timers.measure([entry("a", True)], 20, "cpu")
+    assert len(seen) == timers.WARM_UPS + 1 + 20
+
+
 def test_what_a_peer_raises_is_its_reason() -> None:
     def fail() -> None:
         raise LookupError("no kernel\nsecond line")
