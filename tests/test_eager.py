@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import importlib.util
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -31,6 +32,17 @@ class Quiet(TorchDispatchMode):
 class QuietFunctions(torch.overrides.TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
+
+
+def watchers() -> tuple[AbstractContextManager[Any], ...]:
+    """Return who wants to see an op, or may change what it does."""
+    return (
+        fastvit.backend("reference"),
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        Quiet(),
+        QuietFunctions(),
+        torch.autograd.forward_ad.dual_level(),
+    )
 
 
 def three(*sizes: int, keys: int | None = None, width: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,13 +128,7 @@ def test_who_wants_to_see_the_op_sees_it() -> None:
     assert not goes(tuple(tensor.as_subclass(Subclass) for tensor in tensors))
     assert not goes(tensors, bias=torch.zeros(1, 1, 5, 5).as_subclass(Subclass))
     assert not goes(tuple(tensor.to("meta") for tensor in tensors))
-    for context in (
-        fastvit.backend("reference"),
-        torch.autocast("cpu", dtype=torch.bfloat16),
-        Quiet(),
-        QuietFunctions(),
-        torch.autograd.forward_ad.dual_level(),
-    ):
+    for context in watchers():
         with context:
             assert not goes(tensors), context
     wanted = tuple(tensor.requires_grad_() for tensor in tensors)
@@ -166,13 +172,7 @@ def test_patch_embed_goes_straight_only_where_nobody_looks_and_everything_fits()
     assert goes(None, images, weight, bias)
     assert goes("cpu", images, weight, None)
     assert not goes("reference", images, weight, bias)
-    for context in (
-        fastvit.backend("reference"),
-        torch.autocast("cpu", dtype=torch.bfloat16),
-        Quiet(),
-        QuietFunctions(),
-        torch.autograd.forward_ad.dual_level(),
-    ):
+    for context in watchers():
         with context:
             assert not goes(None, images, weight, bias), context
     assert not goes(None, images, torch.nn.Parameter(weight), bias)
