@@ -307,8 +307,10 @@ def test_an_interrupt_is_passed_on_and_the_process_writes_its_last_words(tmp_pat
     child = (
         "import time\ntry:\n    print('up', flush=True); time.sleep(60)\nexcept KeyboardInterrupt:\n    print('last')"
     )
+    # A shell's background job ignores the interrupt, and so would all that it starts.
     parent = (
-        "import sys; from pathlib import Path; from benchmarks.processes import logged\n"
+        "import signal, sys; from pathlib import Path; from benchmarks.processes import logged\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"try:\n    logged([sys.executable, '-c', {child!r}], 60.0, Path({str(tmp_path / 'log')!r}))\n"
         "except KeyboardInterrupt:\n    sys.exit(130)"
     )
