@@ -136,7 +136,7 @@ def _on_host(entries: Sequence[Entry], repeats: int) -> tuple[dict[str, Times], 
         number = 1
         while (seconds := _seconds(call, number)) < SHORTEST_SAMPLE:
             number = max(2 * number, math.ceil(number * SHORTEST_SAMPLE / max(seconds, 1e-7)))
-        # Or the one before it was somebody else's, and left the caches to him.
+        # Untimed at first: the call before it was another way's, and left the caches to that one.
         twice = number > 1 or (entry.follows_itself and seconds < LONGEST_TWICE)
         calls[entry.name] = (call, number, twice)
         times[entry.name] = Times()

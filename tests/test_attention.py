@@ -341,8 +341,8 @@ def test_queries_beside_whole_vectors_hold_the_rule(capability: str) -> None:
         capability,
         "import fastvit\n"
         "masks = ({}, {'bias': 'additive'}, {'bias': 'bool', 'is_causal': True})\n"
+        "of = {1: torch.float32, 45: torch.bfloat16, 46: torch.float16, 1030: torch.float32}\n"
         "for queries in range(1, 20):\n"
-        "    of = {1: torch.float32, 45: torch.bfloat16, 46: torch.float16, 1030: torch.float32}\n"
         "    for keys, dtype in of.items():\n"
         "        for mask in masks:\n"
         "            shape = (2, 3, queries, keys, 24, 40, dtype)\n"

@@ -380,3 +380,18 @@ def test_dynamic_image_sizes_in_timm() -> None:
     for height, width in itertools.product((64, 70), (48, 64)):
         images = normal(1, 3, height, width)
         torch.testing.assert_close(ours(images), stock(images), rtol=1e-4, atol=1e-5)
+
+
+def test_a_projection_need_not_be_a_child() -> None:
+    shared = nn.Linear(24, 72)
+
+    class Sharing(fastvit.modules.Attention):
+        qkv = property(lambda _: shared)  # type: ignore[assignment]
+
+    plain = fastvit.modules.Attention(24, 3)
+    ours = Sharing(24, 3)
+    del ours._modules["qkv"]
+    plain.qkv = shared
+    ours.proj = plain.proj
+    x = torch.randn(2, 5, 24)
+    assert torch.equal(ours(x), plain(x))

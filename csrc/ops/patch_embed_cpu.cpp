@@ -43,7 +43,8 @@ Tensor patch_embed(const Tensor& images, const Tensor& weight, const std::option
   STD_TORCH_CHECK(images.dim() == 4 && weight.dim() == 4, "images, weight: accepted are four dimensions");
   const auto size = images.sizes(), patch = weight.sizes();
   STD_TORCH_CHECK(patch[2] > 0 && patch[3] > 0, "weight: accepted are sizes of at least 1");
-  const int64_t tokens = size[2] / patch[2] * (size[3] / patch[3]), width = patch[0];
+  const int64_t rows = patches_along(size[2], patch[2], patch[2]), columns = patches_along(size[3], patch[3], patch[3]);
+  const int64_t tokens = rows * columns, width = patch[0];
   // Strides as torch.empty has them, which counts an empty dimension as one.
   Tensor output =
       empty_cpu({size[0], tokens, width}, {std::max<int64_t>(tokens, 1) * width, width, 1}, images.scalar_type());

@@ -32,9 +32,7 @@ class ScaledAttentionForward(FusedAttentionForward):
         return super()._why_plain(attn_mask, is_causal)
 
     def _attended(self, x: Tensor, is_causal: bool) -> Tensor:
-        batch, seqlen, _ = x.shape
-        qkv = self.qkv(x).reshape(batch, seqlen, 3, self.num_heads, self.fastvit_head_dim(self))
-        return self._finish(self._attend_projected(qkv, None, is_causal))
+        return self._finish(self._attend_projected(self._packed(x), None, is_causal))
 
 
 class DinoPatchEmbedForward(FusedPatchEmbedForward):

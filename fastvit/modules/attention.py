@@ -16,22 +16,9 @@ from fastvit.ops.backends import check_backend_name
 
 CHILDREN = frozenset({"qkv", "q_norm", "k_norm", "attn_drop", "softmax", "norm", "gate", "proj", "proj_drop"})
 
-
+# In a symbolic trace each is one node. Only calls by this module's own names for them are: hence the methods below.
+torch.fx.wrap("attention")
 torch.fx.wrap("attention_qkvpacked")
-
-
-@torch.fx.wrap
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    backend: str | None,
-) -> Tensor:
-    heads = attention(query, key, value, bias=bias, is_causal=is_causal, scale=scale, backend=backend)
-    return cast(Tensor, heads).transpose(1, 2)
 
 
 class FusedAttentionForward(FusedForward):
@@ -121,15 +108,13 @@ class FusedAttentionForward(FusedForward):
             [B, N, dim_out].
         """
         if attn_mask is None and is_causal is False and self._has_only_projections():
-            return self._project_and_attend(x)
+            return cast(Tensor, self.proj(self._attend_packed(self._packed(x)).flatten(2)))
         if reason := self._why_plain(attn_mask, is_causal):
             self._warn_fallback(reason)
             unmasked = attn_mask is None and is_causal is False
             return super().forward(x) if unmasked else super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-        batch, seqlen, _ = x.shape
         gate = self._gate(x)
-        qkv = self.qkv(x).reshape(batch, seqlen, 3, self.num_heads, self.fastvit_head_dim(self))
-        return self._finish(self._attend_projected(qkv, attn_mask, is_causal), gate)
+        return self._finish(self._attend_projected(self._packed(x), attn_mask, is_causal), gate)
 
     def _has_only_projections(self) -> bool:
         """Return whether the forward is qkv, attention and proj, and nobody listens to anything between them.
@@ -149,11 +134,10 @@ class FusedAttentionForward(FusedForward):
                 return False
         return self.fastvit_head_dim(self) <= MAX_HEAD_DIM and not has_global_hooks()
 
-    def _project_and_attend(self, x: Tensor) -> Tensor:
-        children: dict[str, Any] = self._modules
+    def _packed(self, x: Tensor) -> Tensor:
+        """Return query, key and value of the tokens, [B, N, 3, H, D]."""
         batch, seqlen, _ = x.shape
-        qkv = children["qkv"](x).reshape(batch, seqlen, 3, self.num_heads, self.fastvit_head_dim(self))
-        return children["proj"](self._attend_packed(qkv).flatten(2))
+        return cast(Tensor, self.qkv(x).reshape(batch, seqlen, 3, self.num_heads, self.fastvit_head_dim(self)))
 
     def _gate(self, x: Tensor) -> Tensor | None:
         gate = getattr(self, "gate", None)
@@ -171,19 +155,18 @@ class FusedAttentionForward(FusedForward):
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, H, N, D]
         return self._attend(self.q_norm(query), self.k_norm(key), value, bias, is_causal)
 
-    # Methods, because torch.fx.wrap covers a function only where it is called by this module's own name for it.
     def _attend_packed(self, qkv: Tensor, bias: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Return the heads [B, N, H, D] of a packed projection [B, N, 3, H, D]."""
-        heads = attention_qkvpacked(
-            qkv, bias=bias, is_causal=is_causal, scale=self._softmax_scale(), backend=self._fastvit_backend
-        )
-        return cast(Tensor, heads)
+        scale, backend = self._softmax_scale(), self._fastvit_backend
+        return cast(Tensor, attention_qkvpacked(qkv, bias=bias, is_causal=is_causal, scale=scale, backend=backend))
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         """Return the heads [B, Nq, H, D] of query, key and value [B, H, N, D]."""
-        return _attend(query, key, value, bias, is_causal, self._softmax_scale(), self._fastvit_backend)
+        scale, backend = self._softmax_scale(), self._fastvit_backend
+        heads = attention(query, key, value, bias=bias, is_causal=is_causal, scale=scale, backend=backend)
+        return cast(Tensor, heads).transpose(1, 2)
 
     def _finish(self, heads: Tensor, gate: Tensor | None = None) -> Tensor:
         """Return what the output projection makes of the heads [B, N, H, D]."""

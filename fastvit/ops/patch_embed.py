@@ -66,6 +66,7 @@ def patch_embed(
 
     Source: Dosovitskiy et al. 2021, equation 1; Li et al. 2022 (MViTv2) for patches that overlap.
     """
+    # False and 0.0 equal 0 too, and are refused below.
     pads = type(padding) not in (int, tuple) or padding not in (0, (0, 0))
     if stride is None and not pads and patch_embed_goes_straight(backend, images, weight, bias):
         return torch.ops.fastvit.patch_embed.cpu(images, weight, bias)
