@@ -285,7 +285,7 @@ class AttentionBackward {
     }
     const Vec<T> high = maximum_of_lanes(p, keys);
     const Vec<T> offset_of_row = high == T(-kInfinity) ? Vec<T>{} : high;
-    Vec<T> total{}, delta{};
+    RowSum<T> sums, parts;
     for_each_run(keys, [&](int64_t begin, int64_t end) {
       Vec<T> sum[2] = {}, part[2] = {};
       for_each_pair(begin, end, [&](int64_t j, auto odd) {
@@ -294,11 +294,11 @@ class AttentionBackward {
         sum[odd.value] += exponential;
         part[odd.value] += exponential * load(ds + j * W);
       });
-      total += sum[0] + sum[1];
-      delta += part[0] + part[1];
+      sums.add(sum[0] + sum[1]);
+      parts.add(part[0] + part[1]);
     });
-    const Vec<T> inverse = total == T(0) ? Vec<T>{} : T(1) / total;
-    delta *= inverse;
+    const Vec<T> total = sums.total(), inverse = total == T(0) ? Vec<T>{} : T(1) / total;
+    const Vec<T> delta = parts.total() * inverse;
     // What P·(dP − Δ) leaves is the rounding of Δ: where one key has all of P, it is as large as dS itself, and it
     // would spoil the sum over the keys, which is zero.
     Vec<T> rest{};

@@ -186,6 +186,22 @@ inline void for_each_run(int64_t keys, const F& f) {
   for (int64_t begin = 0; begin < keys; begin += kSumKeys) f(begin, min64(begin + kSumKeys, keys));
 }
 
+// The sum of a row over its runs, in four parts: so many additions of a quarter of the size. In one, 32 roundings at
+// the size of the whole are an error that every gradient of the row has in common.
+template <class T>
+class RowSum {
+ public:
+  void add(Vec<T> run) { parts_[next_++ % 4] += run; }
+  void scale(Vec<T> factor) {
+    for (Vec<T>& part : parts_) part *= factor;
+  }
+  Vec<T> total() const { return (parts_[0] + parts_[1]) + (parts_[2] + parts_[3]); }
+
+ private:
+  Vec<T> parts_[4] = {};
+  int64_t next_ = 0;
+};
+
 // The largest score of each lane over the keys, NaN ignored; -inf without keys.
 template <class T>
 Vec<T> maximum_of_lanes(const T* scores, int64_t keys) {

@@ -107,7 +107,7 @@ class AttentionForward {
     load_transposed(query, p_.query.row_stride, block.count, block.count, p_.head_dim, scale_.queries, query_lanes_, W);
     for (int v = 0; v < kTileVectors; ++v) {
       maximum_[v] = splat(T(-kInfinity));
-      sum_[v] = Vec<T>{};
+      sum_[v] = {};
     }
     const int64_t all_keys = p_.is_causal ? min64(p_.seqlen_k, block.first + block.count) : p_.seqlen_k;
     for (int64_t first_key = 0; first_key < all_keys; first_key += keys_per_block_) {
@@ -183,7 +183,7 @@ class AttentionForward {
 
   // Turns the scores into probabilities, not yet divided by their sum, which it returns.
   T exponentials_of_row(int64_t keys, T offset) {
-    Vec<T> lanes{};
+    RowSum<T> sums;
     for_each_run(ceil_div(keys, L), [&](int64_t begin, int64_t end) {
       Vec<T> sum[2] = {};
       for_each_pair(begin, end, [&](int64_t j, auto odd) {
@@ -191,8 +191,9 @@ class AttentionForward {
         store(score_row_ + j * L, exponential);
         sum[odd.value] += exponential;
       });
-      lanes += sum[0] + sum[1];
+      sums.add(sum[0] + sum[1]);
     });
+    const Vec<T> lanes = sums.total();
     T sum = 0;
     for (int lane = 0; lane < L; ++lane) sum += lanes[lane];
     return sum;
@@ -206,7 +207,7 @@ class AttentionForward {
     Vec<T> offset = high == T(-kInfinity) ? Vec<T>{} : high;
     if (later) {
       Vec<T> shrink = exp(maximum_[v] - offset);
-      sum_[v] *= shrink;
+      sum_[v].scale(shrink);
       for (int64_t d = 0; d < p_.head_dim_v; ++d) {
         T* output = output_lanes_ + d * W + v * L;
         store(output, load(output) * shrink);
@@ -220,7 +221,7 @@ class AttentionForward {
         store(scores + j * W, exponential);
         sum[odd.value] += exponential;
       });
-      sum_[v] += sum[0] + sum[1];
+      sum_[v].add(sum[0] + sum[1]);
     });
   }
 
@@ -230,11 +231,11 @@ class AttentionForward {
     for (int v = 0; v < block.vectors(); ++v) {
       const int64_t lanes = min64(L, block.count - v * L);
       // A sum of exactly 0 is a row without keys: its output is 0. A NaN sum compares false and stays NaN.
-      const Vec<T> inverse = sum_[v] == T(0) ? Vec<T>{} : T(1) / sum_[v];
+      const Vec<T> sum = sum_[v].total(), inverse = sum == T(0) ? Vec<T>{} : T(1) / sum;
       store_transposed(output_lanes_ + v * L, W, inverse, lanes, p_.head_dim_v, output + v * L * p_.output.row_stride,
                        p_.output.row_stride);
       const Vec<T> offset = maximum_[v] == T(-kInfinity) ? Vec<T>{} : maximum_[v];
-      store_first(offset + log_of_sum(sum_[v]), lanes, lse + v * L);
+      store_first(offset + log_of_sum(sum), lanes, lse + v * L);
     }
   }
 
@@ -245,7 +246,8 @@ class AttentionForward {
   T *query_row_, *score_row_, *output_row_;
   PackedMatrix<T> value_{};
   T *bias_rows_ = nullptr, *bias_lanes_ = nullptr;
-  Vec<T> maximum_[kTileVectors], sum_[kTileVectors];
+  Vec<T> maximum_[kTileVectors];
+  RowSum<T> sum_[kTileVectors];
 };
 
 }  // namespace fastvit::cpu::FASTVIT_CAPABILITY

@@ -33,8 +33,12 @@ class ForwardOperands {
   // A bias is added to the scores as they lie; attention_forward.h transposes it.
   static bool pays(const AttentionParams& p) { return split_pays<In>(p, p.bias.type == BiasType::kNone ? 1 : 1.5); }
 
-  // What is left to multiply into the products of Q and K.
+  // What queries are multiplied with when they are packed, and what is left for the products of Q and K.
+  float query_scale() const { return scale_.queries; }
   float scale() const { return scale_.scores; }
+
+  // Keys beside whole panels up to which attention_forward_rest.h is faster (benchmarks/NOTES.md).
+  static constexpr int64_t kRestKeys = __is_same(In, float) ? 7 : 5;
 
   // Both return whether what they packed fits the tiles.
   bool pack_head(const In* key, const In* value) {
@@ -108,7 +112,10 @@ class ForwardOperands<BFloat16> {
 
   static bool pays(const AttentionParams&) { return true; }
 
+  float query_scale() const { return 1; }
   float scale() const { return float(p_.scale); }
+
+  static constexpr int64_t kRestKeys = 2;
 
   bool pack_head(const BFloat16* key, const BFloat16* value) {
     pack_transposed(key, p_.key.row_stride, p_.seqlen_k, p_.head_dim, key_);

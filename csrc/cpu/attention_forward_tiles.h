@@ -1,7 +1,8 @@
 // Attention forward in AMX tiles: O = softmax(scale Q K^T + bias) V for one block of queries at a time.
 //
 // K is packed as columns of an operand B and V as rows of one, once per head. The scores stand one query per row, in
-// float; the exponentials become an operand A for the second product, and are summed before that.
+// float; the exponentials become an operand A for the second product, and are summed before that. The few keys beside
+// whole panels of tiles take part without them (attention_forward_rest.h).
 //
 // bfloat16 is multiplied as it is, its exponentials rounded to bfloat16, as PyTorch's own CPU kernel rounds them. float
 // and half are multiplied in parts (split.h); heads and blocks that do not fit these go to attention_forward.h.
@@ -9,6 +10,7 @@
 
 #include "attention_forward.h"
 #include "attention_forward_operands.h"
+#include "attention_forward_rest.h"
 
 #if defined(__AMX_BF16__)
 
@@ -25,9 +27,11 @@ class AttentionForwardTiles {
   explicit AttentionForwardTiles(const AttentionParams& p)
       : p_(p),
         plain_(p),
-        keys_per_block_(round_up(ceil_div(p.seqlen_k, ceil_div(p.seqlen_k, Operands::kKeys)), kTilePanel)),
+        rest_(p, Operands::kRestKeys),
+        tiled_(without_keys(p, rest_.count())),
+        keys_per_block_(round_up(ceil_div(tiled_.seqlen_k, ceil_div(tiled_.seqlen_k, Operands::kKeys)), kTilePanel)),
         padded_dim_v_(round_up(p.head_dim_v, kTilePanel)),
-        operands_(p, keys_per_block_),
+        operands_(tiled_, keys_per_block_),
         folded_(p.bias.type == BiasType::kNone && p.scale > 0),
         factor_((folded_ ? operands_.scale() : 1) * Operands::kLogOfBase) {}
 
@@ -48,19 +52,23 @@ class AttentionForwardTiles {
     int64_t loaded = -1;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t index = task / per_head, batch = index / p_.num_heads, head = index % p_.num_heads;
-      if (index != loaded &&
-          !operands_.pack_head(head_of<In>(p_.key, batch, head), head_of<In>(p_.value, batch, head))) {
-        const int64_t last = min64(end, (index + 1) * per_head);
-        plain_.run(task, last);  // in the same scratch
-        task = last - 1;
-        continue;
+      if (index != loaded) {
+        const In *key = head_of<In>(p_.key, batch, head), *value = head_of<In>(p_.value, batch, head);
+        if (!operands_.pack_head(key, value)) {
+          const int64_t last = min64(end, (index + 1) * per_head);
+          plain_.run(task, last);  // in the same scratch
+          task = last - 1;
+          continue;
+        }
+        rest_.load_head(key, value);
+        loaded = index;
       }
-      loaded = index;
-      const int64_t first = task % per_head * kQueries, count = min64(kQueries, p_.seqlen_q - first);
+      const int64_t first = task % per_head * kQueries;
+      const QueryBlock<float> block{batch, head, first, min64(kQueries, p_.seqlen_q - first)};
       const In* query = head_of<In>(p_.query, batch, head) + first * p_.query.row_stride;
-      if (operands_.pack_queries(query, count)) {
+      if (operands_.pack_queries(query, block.count)) {
         if constexpr (Operands::kLooksAhead) look_ahead(task, end);
-        run_block(batch, head, first, count);
+        run_block(block, query);
       } else {
         plain_.run(task, task + 1);
         loaded = -1;
@@ -71,6 +79,7 @@ class AttentionForwardTiles {
  private:
   void allocate(Arena& arena) {
     operands_.allocate(arena);
+    rest_.allocate(arena);
     scores_ = arena.take<float>(kQueries * keys_per_block_);
     output_ = arena.take<float>(kQueries * padded_dim_v_);
     bias_ = arena.take<float>(keys_per_block_);
@@ -96,22 +105,22 @@ class AttentionForwardTiles {
     ahead_.spread(operands_.products());
   }
 
-  void run_block(int64_t batch, int64_t head, int64_t first, int64_t count) {
+  void run_block(const QueryBlock<float>& block, const In* query) {
+    const int64_t count = block.count;
     // For writing, long before it happens.
-    const In* output = head_of<In>(p_.output, batch, head) + first * p_.output.row_stride;
-    fetch_rows<true>(output, p_.output.row_stride, count, p_.head_dim_v);
+    fetch_rows<true>(output_of(block), p_.output.row_stride, count, p_.head_dim_v);
     for (int64_t i = 0; i < count; ++i) {
       maximum_[i] = -kInfinity;
       sum_[i] = Vec<float>{};
     }
-    const int64_t bias = batch * p_.bias.batch_stride + head * p_.bias.head_stride + first * p_.bias.query_stride;
-    const int64_t all_keys = p_.is_causal ? min64(p_.seqlen_k, first + count) : p_.seqlen_k;
+    rest_.multiply_keys(query, count, operands_.query_scale(), maximum_);
+    const int64_t all_keys = p_.is_causal ? min64(tiled_.seqlen_k, block.first + count) : tiled_.seqlen_k;
     for (int64_t key = 0; key < all_keys; key += keys_per_block_) {
       const int64_t keys = min64(keys_per_block_, all_keys - key), padded = round_up(keys, kTilePanel);
       operands_.multiply_keys(count, key, padded, scores_, kPanelSize, ahead_);
       for (int64_t i = 0; i < count; ++i) {
-        const int64_t seen = p_.is_causal ? min64(keys, first + i + 1 - key) : keys;
-        const int64_t offset = bias + i * p_.bias.query_stride + key * p_.bias.key_stride;
+        const int64_t seen = p_.is_causal ? min64(keys, block.first + i + 1 - key) : keys;
+        const int64_t offset = bias_offset(p_.bias, block, key) + i * p_.bias.query_stride;
         const float high = folded_ ? finish_row<false>(i, seen, padded, nullptr)
                                    : finish_row<true>(i, seen, padded, bias_row(offset, seen));
         raise_maximum(i, high, key > 0);
@@ -125,7 +134,7 @@ class AttentionForwardTiles {
         operands_.multiply_values(count, key + chunk, chunk_keys, key + chunk > 0, output_, kPanelSize, ahead_);
       }
     }
-    write(batch, head, first, count);
+    write(block);
   }
 
   // The bias of the first `seen` keys of a row: in place where it is stored as it is added, and where there is none, 0.
@@ -199,11 +208,20 @@ class AttentionForwardTiles {
     sum_[i] += sums[0] + sums[1];
   }
 
-  void write(int64_t batch, int64_t head, int64_t first, int64_t count) {
-    float* lse = static_cast<float*>(p_.lse) + (batch * p_.num_heads + head) * p_.seqlen_q + first;
-    In* output = mutable_head_of<In>(p_.output, batch, head) + first * p_.output.row_stride;
+  In* output_of(const QueryBlock<float>& block) const {
+    return mutable_head_of<In>(p_.output, block.batch, block.head) + block.first * p_.output.row_stride;
+  }
+
+  void write(const QueryBlock<float>& block) {
+    const int64_t count = block.count;
+    float* lse = static_cast<float*>(p_.lse) + (block.batch * p_.num_heads + block.head) * p_.seqlen_q + block.first;
+    In* output = output_of(block);
     alignas(64) float sums[kQueries] = {}, inverses[kQueries];
     for (int64_t i = 0; i < count; ++i) sums[i] = _mm512_reduce_add_ps((__m512)sum_[i]);
+    const auto exponential = [&](Vec<float> scores, int64_t i) {
+      return Operands::exponential((scores - load(offset_ + i)) * factor_);
+    };
+    rest_.add_exponentials(count, exponential, sums);
     for (int64_t i = 0; i < kQueries; i += kTileSide) {
       // A sum of exactly 0 is a row without keys: its output is 0. A NaN sum compares false and stays NaN.
       const Vec<float> sum = load(sums + i), maximum = load(maximum_ + i);
@@ -213,8 +231,10 @@ class AttentionForwardTiles {
     }
     for (int64_t i = 0; i < count; ++i) {
       for (int64_t d = 0; d < p_.head_dim_v; d += kTilePanel) {
-        const Vec<float> low = load(row(output_, i, d)) * inverses[i];
-        const Vec<float> high = load(row(output_, i, d + kTileSide)) * inverses[i];
+        Vec<float> low = load(row(output_, i, d)), high = load(row(output_, i, d + kTileSide));
+        rest_.add_values(i, d, low, high);
+        low *= inverses[i];
+        high *= inverses[i];
         In* target = output + i * p_.output.row_stride + d;
         if constexpr (__is_same(In, BFloat16)) {
           store_panel(low, high, p_.head_dim_v - d, target);
@@ -226,19 +246,26 @@ class AttentionForwardTiles {
     }
   }
 
+  static AttentionParams without_keys(AttentionParams p, int64_t keys) {
+    p.seqlen_k -= keys;
+    return p;
+  }
+
   static float* row(float* panels, int64_t i, int64_t column) {
     return panels + column / kTilePanel * kPanelSize + i * kTilePanel + column % kTilePanel;
   }
 
   const AttentionParams& p_;
   AttentionForward<In> plain_;
+  RestOfKeys<In> rest_;
+  const AttentionParams tiled_;  // without the keys in `rest_`
   const int64_t keys_per_block_, padded_dim_v_;
   Operands operands_;
   const bool folded_;   // the scale, into the exponent; else it is multiplied in before the bias is added
   const float factor_;  // of what is left of a score without the maximum, for Operands::exponential
   Ahead ahead_;
   float *scores_, *output_, *bias_;
-  float maximum_[kQueries] = {}, offset_[kQueries];
+  float maximum_[kQueries] = {}, offset_[kQueries] = {};
   Vec<float> sum_[kQueries];  // over every sixteenth key
 };
 

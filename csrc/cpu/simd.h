@@ -379,6 +379,19 @@ template <class T, int Step>
   }
 }
 
+// Leaves the sum of the lanes of rows[i] in lane i of rows[0].
+template <class T, int Step>
+[[gnu::always_inline]] inline void sum_lanes_step(Vec<T> (&rows)[kLanes<T>]) {
+  if constexpr (Step < kLanes<T>) {
+#pragma GCC unroll 8
+    for (int row = 0; row < kLanes<T>; row += 2 * Step) {
+      exchange<T, Step>(rows[row], rows[row + Step]);
+      rows[row] += rows[row + Step];
+    }
+    sum_lanes_step<T, Step * 2>(rows);
+  }
+}
+
 // target[c][r] = source[r][c]; rows and columns are multiples of the vector length.
 template <class T>
 inline void transpose(const T* source, int64_t source_stride, int64_t rows, int64_t columns, T* target,
