@@ -41,6 +41,31 @@ def test_attention_at_the_edges_of_tiles(
         hold("attention, parts, edges", check_attention(case, "cpu"), case)
 
 
+# Up to seven of them, fewer with 16 bits, are multiplied without tiles; 1024 keys are one block of float.
+@DTYPES
+@pytest.mark.parametrize("rest", range(1, 9))
+@pytest.mark.parametrize("shape", [(70, 96, 64, 40), (33, 32, 128, 17), (40, 1024, 31, 70)], ids=str)
+def test_keys_beside_whole_panels(
+    hold: Callable, dtype: torch.dtype, rest: int, shape: tuple[int, int, int, int]
+) -> None:
+    seqlen_q, panels, *dims = shape
+    for scale in (None, 0.3, -0.2):
+        case = AttentionCase(2, 3, seqlen_q, panels + rest, *dims, dtype, layout="bnhd", sharpness=3.0, scale=scale)
+        hold("attention, keys beside panels", check_attention(case, "cpu", backward=False), case)
+
+
+@DTYPES
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+@pytest.mark.parametrize("element", [torch.nan, torch.inf, -torch.inf, 3e4])
+def test_what_such_a_key_meets(dtype: torch.dtype, name: str, element: float) -> None:
+    operands = dict(zip(("query", "key", "value"), torch.randn(3, 1, 2, 129, 64).to(dtype), strict=True))
+    operands[name][0, 0, 128, 5] = element
+    expected = torch.nn.functional.scaled_dot_product_attention(*(tensor.double() for tensor in operands.values()))
+    actual = fastvit.scaled_dot_product_attention(*operands.values())
+    accuracy = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(actual.double(), expected, rtol=accuracy, atol=accuracy, equal_nan=True)
+
+
 @DTYPES
 @pytest.mark.parametrize("bias", ["bool", "additive", "float32"])
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 1, 1, 1), (1, 3, 0, 1), (2, 3, 0, 1)], ids=str)
