@@ -322,6 +322,7 @@ const AttentionCase kAttention[] = {
     {2, 1, 35, 131, 72, 72, "padded", 8 | 2 | 1, false, true, true},
     {1, 1, 81, 81, 64, 64, "bhnd", -1, true},
     {1, 2, 35, 133, 40, 72, "padded"},  // five keys beside whole panels
+    {2, 1, 35, 98, 64, 64, "bhnd", 8 | 2 | 1, false, true},
     {1, 1, 520, 65, 64, 64, "packed"},  // eight leaves of groups, one of two
 };
 

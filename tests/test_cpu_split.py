@@ -49,8 +49,9 @@ def test_keys_beside_whole_panels(
     hold: Callable, dtype: torch.dtype, rest: int, shape: tuple[int, int, int, int]
 ) -> None:
     seqlen_q, panels, *dims = shape
-    for scale in (None, 0.3, -0.2):
-        case = AttentionCase(2, 3, seqlen_q, panels + rest, *dims, dtype, layout="bnhd", sharpness=3.0, scale=scale)
+    for scale, bias in ((None, None), (0.3, None), (0.0, None), (None, "bool"), (0.3, "additive")):
+        lengths, options = (seqlen_q, panels + rest), {"sharpness": 3.0, "scale": scale, "bias": bias}
+        case = AttentionCase(2, 3, *lengths, *dims, dtype, layout="bnhd", **options)
         hold("attention, keys beside panels", check_attention(case, "cpu", backward=False), case)
 
 

@@ -41,12 +41,11 @@ class RestOfKeys {
   static constexpr int64_t L = kLanes<float>;
 
  public:
-  // None where there are more than `most`; a bias and a causal mask are added to whole rows of scores.
+  // None where there are more than `most`, or a causal mask, which few queries see past.
   RestOfKeys(const AttentionParams& p, int64_t most)
       : p_(p), padded_dim_(round_up(p.head_dim, L)), padded_dim_v_(round_up(p.head_dim_v, kTilePanel)) {
     const int64_t rest = p.seqlen_k % kTilePanel;
-    const bool is_plain = p.bias.type == BiasType::kNone && !p.is_causal && p.scale > 0;
-    if (is_plain && p.seqlen_k > kTilePanel && rest <= most) count_ = rest;
+    if (!p.is_causal && p.seqlen_k > kTilePanel && rest <= most) count_ = rest;
   }
 
   int64_t count() const { return count_; }
@@ -62,11 +61,12 @@ class RestOfKeys {
     load_last(value, p_.value.row_stride, p_.head_dim_v, padded_dim_v_, values_);
   }
 
-  // Scores of a block of `queries` queries, times `factor`; raises the queries' maxima.
-  void multiply_keys(const In* query, int64_t queries, float factor, float* maxima) {
+  // Scores of a block's queries, times `factor`, and their bias; raises the queries' maxima.
+  void multiply_keys(const QueryBlock<float>& block, const In* query, float factor, float* maxima) {
     if (count_ == 0) return;
-    dot_rows(keys_, count_, query, p_.query.row_stride, queries, p_.head_dim, factor, scores_, kTilePanel);
-    for (int64_t i = 0; i < queries; i += L) {
+    dot_rows(keys_, count_, query, p_.query.row_stride, block.count, p_.head_dim, factor, scores_, kTilePanel);
+    if (p_.bias.type != BiasType::kNone) add_bias(block);
+    for (int64_t i = 0; i < block.count; i += L) {
       Vec<float> high = load(maxima + i);
       for (int64_t k = 0; k < count_; ++k) high = maximum(load(scores_ + k * kTilePanel + i), high);
       store(maxima + i, high);
@@ -100,6 +100,15 @@ class RestOfKeys {
   }
 
  private:
+  void add_bias(const QueryBlock<float>& block) {
+    const int64_t offset = bias_offset(p_.bias, block, p_.seqlen_k - count_);
+    float row[kTilePanel];
+    for (int64_t i = 0; i < block.count; ++i) {
+      load_bias_row(p_.bias, offset + i * p_.bias.query_stride, count_, row);
+      for (int64_t k = 0; k < count_; ++k) scores_[k * kTilePanel + i] += row[k];
+    }
+  }
+
   void load_last(const In* source, int64_t stride, int64_t columns, int64_t padded, float* target) const {
     for (int64_t k = 0; k < count_; ++k) {
       const In* row = source + (p_.seqlen_k - count_ + k) * stride;

@@ -113,7 +113,7 @@ class AttentionForwardTiles {
       maximum_[i] = -kInfinity;
       sum_[i] = Vec<float>{};
     }
-    rest_.multiply_keys(query, count, operands_.query_scale(), maximum_);
+    rest_.multiply_keys(block, query, operands_.query_scale() * (folded_ ? 1 : operands_.scale()), maximum_);
     const int64_t all_keys = p_.is_causal ? min64(tiled_.seqlen_k, block.first + count) : tiled_.seqlen_k;
     for (int64_t key = 0; key < all_keys; key += keys_per_block_) {
       const int64_t keys = min64(keys_per_block_, all_keys - key), padded = round_up(keys, kTilePanel);
