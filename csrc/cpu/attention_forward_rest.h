@@ -41,7 +41,7 @@ class RestOfKeys {
   static constexpr int64_t L = kLanes<float>;
 
  public:
-  // None where there are more than `most`, or a causal mask, which few queries see past.
+  // None where there are more than `most`, or under a causal mask, where only the last queries see them.
   RestOfKeys(const AttentionParams& p, int64_t most)
       : p_(p), padded_dim_(round_up(p.head_dim, L)), padded_dim_v_(round_up(p.head_dim_v, kTilePanel)) {
     const int64_t rest = p.seqlen_k % kTilePanel;
