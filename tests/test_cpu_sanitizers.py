@@ -29,7 +29,7 @@ ENVIRONMENT = {
     "TSAN_OPTIONS": "exitcode=66",
     "PATH": os.environ.get("PATH", ""),
 }
-COMPARISONS = 540
+COMPARISONS = 580
 
 
 def run(program: Path, capability: str, *arguments: str) -> subprocess.CompletedProcess[str]:
