@@ -128,23 +128,23 @@ def test_pybind11_is_the_one_that_setup_asks_for(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="AMX is x86-64's")
-def test_prefetches_reach_the_binary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_instructions_without_a_result_reach_the_binary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # To GCC 12 a function that only prefetches does nothing, and its calls are left out unless it is inlined.
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         pytest.skip("needs a C++ compiler")
     flags = read_setup(monkeypatch)["INSTRUCTION_SETS"]["amx"].split()
-    parameters = "const float* source, const SplitMatrix<3>& target, Range& range, Ahead& ahead"
+    parameters = "const float* source, const SplitMatrix<3>& target, Range& range"
     calls = {
         "rows_of_a": "split_a(source, 2304, 197, 64, 1.0f, target, range)",
         "columns_of_b": "split_b(source, 2304, 64, 197, 1.0f, target, range)",
         "transposed_b": "split_b_transposed(source, 2304, 197, 64, 1.0f, target, range)",
         "transposed_a": "split_a_transposed(source, 2304, 64, 197, target, range)",
         "to_write": "fetch_rows<true>(source, 2304, 197, 64)",
-        "ahead": "ahead.add(source, 2304, 197, 64); ahead.spread(3); ahead.fetch()",
+        "awake": "keep_tiles_awake()",
         "transposed_pairs": "pack_transposed((const BFloat16*)source, 1152, 197, 64, target.data)",
     }
-    instructions = dict.fromkeys(calls, "prefetcht0") | {"to_write": "prefetchw", "ahead": "prefetcht1"}
+    instructions = dict.fromkeys(calls, "prefetcht0") | {"to_write": "prefetchw", "awake": "tdpbf16ps"}
     functions = [f'extern "C" void {name}({parameters}) {{ {call}; }}' for name, call in calls.items()]
     source = ['#include "split.h"', "using namespace fastvit::cpu::probe;", *functions]
     (tmp_path / "probe.cpp").write_text("\n".join(source))

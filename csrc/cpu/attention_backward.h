@@ -263,11 +263,7 @@ class AttentionBackward {
     const In* source = head_of<In>(view, block.batch, block.head) + block.first * view.row_stride;
     const int64_t padded = round_up(columns, L);
     fetch_rows(source, view.row_stride, block.count, columns);
-    for (int64_t r = 0; r < block.count; ++r) {
-      for (int64_t c = 0; c < columns; c += L) {
-        store(rows + r * padded + c, load_first(source + r * view.row_stride + c, columns - c) * factor);
-      }
-    }
+    load_rows(source, view.row_stride, block.count, columns, factor, rows, padded);
     load_transposed(rows, padded, block.count, block.count, columns, T(1), lanes, W);
   }
 

@@ -62,23 +62,15 @@ class ForwardOperands {
     split_pair<kComputed, false>((__m512)low, (__m512)high, probabilities_.tile(i, key) + i % kTileSide * kTileDepth);
   }
 
-  // Whether rows that are wanted later arrive between the products; then, the calls of ahead.fetch() in a block's.
-  static constexpr bool kLooksAhead = true;
-  int64_t products() const {
-    return ceil_div(p_.seqlen_k, kTilePanel) + ceil_div(p_.seqlen_k, kChunk) * ceil_div(p_.head_dim_v, kTilePanel);
-  }
-  void multiply_keys(int64_t count, int64_t key, int64_t keys, float* scores, int64_t panel, Ahead& ahead) const {
+  void multiply_keys(int64_t count, int64_t key, int64_t keys, float* scores, int64_t panel) const {
     for (int64_t j = 0; j < keys; j += kTilePanel) {
-      ahead.fetch();
       split_product(query_, key_.from(key + j, 0), count, kTilePanel, key_.steps, false,
                     scores + j / kTilePanel * panel, kTilePanel);
     }
   }
   // O (+)= the exponentials of keys [key, key + keys) · V.
-  void multiply_values(int64_t count, int64_t key, int64_t keys, bool accumulate, float* output, int64_t panel,
-                       Ahead& ahead) const {
+  void multiply_values(int64_t count, int64_t key, int64_t keys, bool accumulate, float* output, int64_t panel) const {
     for (int64_t d = 0; d < p_.head_dim_v; d += kTilePanel) {
-      ahead.fetch();
       split_product(probabilities_, value_.from(d, key), count, min64(kTilePanel, p_.head_dim_v - d), keys / kTileDepth,
                     accumulate, output + d / kTilePanel * panel, kTilePanel);
     }
@@ -155,14 +147,11 @@ class ForwardOperands<BFloat16> {
                         (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
   }
 
-  // Too short for rows to arrive meanwhile.
-  static constexpr bool kLooksAhead = false;
-  void multiply_keys(int64_t count, int64_t key, int64_t keys, float* scores, int64_t panel, Ahead&) const {
+  void multiply_keys(int64_t count, int64_t key, int64_t keys, float* scores, int64_t panel) const {
     tile_product({query_, tile_stride(depth_), key_ + key * depth_, scores, kTilePanel, panel}, count, keys, depth_,
                  false, [](int64_t) {});
   }
-  void multiply_values(int64_t count, int64_t key, int64_t keys, bool accumulate, float* output, int64_t panel,
-                       Ahead&) const {
+  void multiply_values(int64_t count, int64_t key, int64_t keys, bool accumulate, float* output, int64_t panel) const {
     tile_product({probabilities_, tile_stride(keys_per_block_), value_ + key * kTilePanel, output, kTilePanel, panel,
                   round_up(p_.seqlen_k, kTileDepth)},
                  count, p_.head_dim_v, keys, accumulate, [](int64_t) {});

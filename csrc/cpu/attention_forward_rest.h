@@ -110,10 +110,7 @@ class RestOfKeys {
   }
 
   void load_last(const In* source, int64_t stride, int64_t columns, int64_t padded, float* target) const {
-    for (int64_t k = 0; k < count_; ++k) {
-      const In* row = source + (p_.seqlen_k - count_ + k) * stride;
-      for (int64_t c = 0; c < padded; c += L) store(target + k * padded + c, load_first(row + c, columns - c));
-    }
+    load_rows(source + (p_.seqlen_k - count_) * stride, stride, count_, columns, 1.0f, target, padded);
   }
 
   const AttentionParams& p_;

@@ -33,7 +33,9 @@ class AttentionForwardTiles {
         padded_dim_v_(round_up(p.head_dim_v, kTilePanel)),
         operands_(tiled_, keys_per_block_),
         folded_(p.bias.type == BiasType::kNone && p.scale > 0),
-        factor_((folded_ ? operands_.scale() : 1) * Operands::kLogOfBase) {}
+        scale_(folded_ ? 1 : operands_.scale()),
+        left_(folded_ ? operands_.scale() : 1),
+        factor_(left_ * Operands::kLogOfBase) {}
 
   static int64_t blocks_per_head(const AttentionParams& p) { return ceil_div(p.seqlen_q, kQueries); }
 
@@ -67,7 +69,6 @@ class AttentionForwardTiles {
       const QueryBlock<float> block{batch, head, first, min64(kQueries, p_.seqlen_q - first)};
       const In* query = head_of<In>(p_.query, batch, head) + first * p_.query.row_stride;
       if (operands_.pack_queries(query, block.count)) {
-        if constexpr (Operands::kLooksAhead) look_ahead(task, end);
         run_block(block, query);
       } else {
         plain_.run(task, task + 1);
@@ -85,26 +86,6 @@ class AttentionForwardTiles {
     bias_ = arena.take<float>(keys_per_block_);
   }
 
-  // Has the queries of the next task asked for, and this task's part of the next head's keys and values.
-  void look_ahead(int64_t task, int64_t end) {
-    ahead_.clear();
-    const int64_t per_head = blocks_per_head(p_), block = task % per_head;
-    const auto add_rows = [&](const View4& view, int64_t index, int64_t first, int64_t last, int64_t columns) {
-      const In* head = head_of<In>(view, index / p_.num_heads, index % p_.num_heads);
-      ahead_.add(head + first * view.row_stride, view.row_stride, last - first, columns);
-    };
-    if (const int64_t next = task + 1; next < end) {
-      const int64_t first = next % per_head * kQueries;
-      add_rows(p_.query, next / per_head, first, min64(first + kQueries, p_.seqlen_q), p_.head_dim);
-    }
-    if (const int64_t next = task / per_head + 1; next * per_head < end) {
-      const int64_t first = block * p_.seqlen_k / per_head, last = (block + 1) * p_.seqlen_k / per_head;
-      add_rows(p_.key, next, first, last, p_.head_dim);
-      add_rows(p_.value, next, first, last, p_.head_dim_v);
-    }
-    ahead_.spread(operands_.products());
-  }
-
   void run_block(const QueryBlock<float>& block, const In* query) {
     const int64_t count = block.count;
     // For writing, long before it happens.
@@ -113,11 +94,11 @@ class AttentionForwardTiles {
       maximum_[i] = -kInfinity;
       sum_[i] = Vec<float>{};
     }
-    rest_.multiply_keys(block, query, operands_.query_scale() * (folded_ ? 1 : operands_.scale()), maximum_);
+    rest_.multiply_keys(block, query, operands_.query_scale() * scale_, maximum_);
     const int64_t all_keys = p_.is_causal ? min64(tiled_.seqlen_k, block.first + count) : tiled_.seqlen_k;
     for (int64_t key = 0; key < all_keys; key += keys_per_block_) {
       const int64_t keys = min64(keys_per_block_, all_keys - key), padded = round_up(keys, kTilePanel);
-      operands_.multiply_keys(count, key, padded, scores_, kPanelSize, ahead_);
+      operands_.multiply_keys(count, key, padded, scores_, kPanelSize);
       for (int64_t i = 0; i < count; ++i) {
         const int64_t seen = p_.is_causal ? min64(keys, block.first + i + 1 - key) : keys;
         const int64_t offset = bias_offset(p_.bias, block, key) + i * p_.bias.query_stride;
@@ -129,9 +110,11 @@ class AttentionForwardTiles {
         const int64_t chunk_keys = min64(Operands::kChunk, padded - chunk);
         // Rows in a loop of their own: one's exponentials need not wait for the next one's maximum.
         for (int64_t i = 0; i < count; ++i) {
+          // In short chunks: a third of one takes 0.2 µs. The vectors between longer ones would take too many.
+          if (Operands::kChunk <= 64 && (i == 10 || i == 21)) keep_tiles_awake();
           factor_ == 1 ? exponentials<false>(i, chunk, chunk_keys) : exponentials<true>(i, chunk, chunk_keys);
         }
-        operands_.multiply_values(count, key + chunk, chunk_keys, key + chunk > 0, output_, kPanelSize, ahead_);
+        operands_.multiply_values(count, key + chunk, chunk_keys, key + chunk > 0, output_, kPanelSize);
       }
     }
     write(block);
@@ -159,7 +142,7 @@ class AttentionForwardTiles {
       float* score = row(scores_, i, j);
       const __mmask16 lanes = __mmask16(first_lanes(seen - j));
       Vec<float> value = load(score);
-      if (Biased) value = value * operands_.scale() + (Vec<float>)_mm512_maskz_loadu_ps(lanes, bias + j);
+      if (Biased) value = value * scale_ + (Vec<float>)_mm512_maskz_loadu_ps(lanes, bias + j);
       if (Biased || lanes != 0xffff) {
         value = (Vec<float>)_mm512_mask_blend_ps(lanes, _mm512_set1_ps(-kInfinity), (__m512)value);
         store(score, value);
@@ -226,7 +209,7 @@ class AttentionForwardTiles {
       // A sum of exactly 0 is a row without keys: its output is 0. A NaN sum compares false and stays NaN.
       const Vec<float> sum = load(sums + i), maximum = load(maximum_ + i);
       store(inverses + i, sum == 0.0f ? Vec<float>{} : 1.0f / sum);
-      const Vec<float> offset = maximum == -kInfinity ? Vec<float>{} : maximum * (folded_ ? operands_.scale() : 1.0f);
+      const Vec<float> offset = maximum == -kInfinity ? Vec<float>{} : maximum * left_;
       store_first(offset + log_of_sum(sum), count - i, lse + i);
     }
     for (int64_t i = 0; i < count; ++i) {
@@ -262,8 +245,9 @@ class AttentionForwardTiles {
   const int64_t keys_per_block_, padded_dim_v_;
   Operands operands_;
   const bool folded_;   // the scale, into the exponent; else it is multiplied in before the bias is added
-  const float factor_;  // of what is left of a score without the maximum, for Operands::exponential
-  Ahead ahead_;
+  const float scale_;   // of scores, before the bias and the maximum
+  const float left_;    // of what is left of them without the maximum; of these two one is 1
+  const float factor_;  // the same, for Operands::exponential
   float *scores_, *output_, *bias_;
   float maximum_[kQueries] = {}, offset_[kQueries] = {};
   Vec<float> sum_[kQueries];  // over every sixteenth key

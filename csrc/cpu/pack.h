@@ -10,15 +10,15 @@ namespace fastvit::cpu::FASTVIT_CAPABILITY {
 // Rows that are asked for before they are packed.
 constexpr int64_t kFetchedRows = 64;
 
-// Asks for the lines that `bytes` bytes lie in; the levels are those of __builtin_prefetch.
+// Asks for the lines that `bytes` bytes lie in.
 //
 // Inlined always, as all that only prefetch: to GCC 12 such a function has no effect, and calls of it are left out.
-template <bool ToWrite, int Level>
+template <bool ToWrite>
 [[gnu::always_inline]] inline void fetch_lines(const void* first, int64_t bytes) {
   constexpr uintptr_t kLine = 64;
   const uintptr_t begin = uintptr_t(first);
   for (uintptr_t byte = begin & ~(kLine - 1); byte < begin + bytes; byte += kLine) {
-    __builtin_prefetch(reinterpret_cast<const void*>(byte), ToWrite, Level);
+    __builtin_prefetch(reinterpret_cast<const void*>(byte), ToWrite, 3);
   }
 }
 
@@ -29,7 +29,7 @@ template <bool ToWrite = false, class In>
 [[gnu::always_inline]] inline void fetch_rows(const In* source, int64_t stride, int64_t rows, int64_t columns) {
   const int64_t bytes = columns * int64_t(sizeof(In));
   if (bytes > 1024) return;
-  for (int64_t i = 0; i < rows; ++i) fetch_lines<ToWrite, 3>(source + i * stride, bytes);
+  for (int64_t i = 0; i < rows; ++i) fetch_lines<ToWrite>(source + i * stride, bytes);
 }
 
 // At every 64th row of `rows`, asks for the next 64 of them: for loops that pack one row, or a multiple of it, at a
@@ -41,40 +41,17 @@ template <class In>
   fetch_rows(source + row * stride, stride, min64(kFetchedRows, rows - row), columns);
 }
 
-// Rows of other matrices that are wanted later, asked for a few at a time between two products. More at once would take
-// all the buffers for lines on their way, which what is being multiplied needs as well.
-class Ahead {
- public:
-  void clear() { count_ = next_ = rows_ = 0; }
-  template <class In>
-  void add(const In* source, int64_t stride, int64_t rows, int64_t columns) {
-    constexpr int64_t size = sizeof(In);
-    matrices_[count_++] = {reinterpret_cast<const char*>(source), stride * size, rows, columns * size};
-    rows_ += rows;
-  }
-  // All of them in so many calls of fetch().
-  void spread(int64_t calls) { share_ = ceil_div(rows_, calls); }
-  void fetch() {
-    for (int64_t wanted = share_; wanted > 0 && next_ < count_;) {
-      Matrix& matrix = matrices_[next_];
-      const int64_t now = min64(wanted, matrix.rows);
-      // Into the second-level cache: the first one is full of what is being multiplied.
-      for (int64_t i = 0; i < now; ++i) fetch_lines<false, 2>(matrix.begin + i * matrix.stride, matrix.bytes);
-      matrix.begin += now * matrix.stride;
-      matrix.rows -= now;
-      wanted -= now;
-      if (matrix.rows == 0) ++next_;
+// target[r][c] = factor · source[r][c] for `rows` rows, widened and padded with zeros to `padded` columns, a multiple
+// of the vector.
+template <class In>
+inline void load_rows(const In* source, int64_t stride, int64_t rows, int64_t columns, Compute<In> factor,
+                      Compute<In>* target, int64_t padded) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < padded; c += kLanes<Compute<In>>) {
+      store(target + r * padded + c, load_first(source + r * stride + c, columns - c) * factor);
     }
   }
-
- private:
-  struct Matrix {
-    const char* begin;
-    int64_t stride, rows, bytes;
-  };
-  Matrix matrices_[3];
-  int64_t count_ = 0, next_ = 0, rows_ = 0, share_ = 0;
-};
+}
 
 // A [rows][depth] in the order in which tiles read it: tile after tile, for each k the elements of its rows.
 template <class T>

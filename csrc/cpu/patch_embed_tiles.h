@@ -58,7 +58,7 @@ class PatchEmbedTiles : public PatchEmbed<BFloat16> {
       for (int64_t t = 0; t < count; ++t) targets[t] = token(first + t) + row;
       // For writing, two panels before it happens.
       const int64_t fetched = min64(num_rows, 2 * kTilePanel) * int64_t(sizeof(BFloat16));
-      for (int64_t t = 0; t < count; ++t) fetch_lines<true, 3>(targets[t], fetched);
+      for (int64_t t = 0; t < count; ++t) fetch_lines<true>(targets[t], fetched);
       stream_product(patches, stride, weight, count, num_rows, depth(),
                      [&](int64_t first_token, int64_t column, const float* sums) {
                        const Vec<float> low = load(bias + column), high = load(bias + column + kTileSide);

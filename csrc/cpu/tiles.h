@@ -41,6 +41,11 @@ class TileSession {
   TileSession& operator=(const TileSession&) = delete;
 };
 
+// Keeps the unit that multiplies tiles awake, by a product that nobody reads: after about a thousand cycles without one
+// it goes to sleep, and the next product waits for some 700 (290 ns, measured with products that lie 0.37 and 0.42 µs
+// apart; tile loads do not count). Overwrites tile 0.
+[[gnu::always_inline]] inline void keep_tiles_awake() { _tile_dpbf16ps(0, 4, 6); }
+
 // Elements of packed B: `k` is a multiple of kTileDepth.
 inline int64_t packed_size(int64_t columns, int64_t k) { return round_up(columns, kTilePanel) * k; }
 
