@@ -228,7 +228,7 @@ def capability() -> str:
 
 @functools.cache
 def commit() -> str:
-    """Return the commit that was measured, with a + when the tree differed from it.
+    """Return the commit that was measured, with a + when the tree differed from it in more than what a run writes.
 
     A copy of the tree without .git is told it: by the variable FASTVIT_COMMIT, or by a file COMMIT in its root.
     """
@@ -237,8 +237,15 @@ def commit() -> str:
     # Only of this tree: it may have been copied into somebody else's repository.
     if (ROOT / ".git").exists():
         with contextlib.suppress(OSError, subprocess.CalledProcessError):
-            command = ["git", "describe", "--always", "--dirty=+"]
-            return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+            written = (":!benchmarks/results", ":!README.md")
+            commands = ("git describe --always", "git status --porcelain -- .")
+            name, changes = (
+                subprocess.run(
+                    [*command.split(), *paths], cwd=ROOT, capture_output=True, text=True, check=True
+                ).stdout.strip()
+                for command, paths in zip(commands, ((), written), strict=True)
+            )
+            return name + "+" * bool(changes)
     written = ROOT / "COMMIT"
     return (written.read_text().strip() if written.exists() else "") or "unknown"
 

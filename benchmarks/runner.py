@@ -130,7 +130,12 @@ def run(options: Options, console: Console | None = None, facts: dict[str, Any] 
         torch.set_num_threads(before)
         # A reader must know whether the machine was idle; a CPU's rows are worth nothing if it was not.
         busy = round(clock.processors_busy_elsewhere(), 2)
-        report.environment["processors busy elsewhere"] = busy
+        report.environment |= {
+            "processors busy elsewhere": busy,
+            # Rows that were measured once more, or by themselves, are another thing than those of a whole run.
+            "run": {"cases": options.words, "last tier": options.last_tier, "again": options.again},
+            "ended": report.ended,
+        }
         save(report)
     if busy > BUSY:
         console.print(f"other processes kept {busy} processors busy: these times are not to be trusted")

@@ -141,6 +141,29 @@ def test_a_tree_without_git_is_told_its_commit(tmp_path: Path, monkeypatch: pyte
     assert commit() == "def5678"
 
 
+def test_a_run_that_writes_its_results_leaves_the_commit_clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*words: str) -> None:
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        subprocess.run(["git", *identity, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    git("init", "-q")
+    (tmp_path / "kernel.cu").write_text("one\n")
+    git("add", "kernel.cu")
+    git("commit", "-qm", "one")
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    monkeypatch.delenv("FASTVIT_COMMIT", raising=False)
+    commit = harness.commit.__wrapped__
+    clean = commit()
+    assert len(clean) >= 7
+    assert not clean.endswith("+")
+    (tmp_path / "benchmarks/results").mkdir(parents=True)
+    (tmp_path / "benchmarks/results/cpu.csv").write_text("a row\n")
+    (tmp_path / "README.md").write_text("a table\n")
+    assert commit() == clean
+    (tmp_path / "kernel.cu").write_text("two\n")
+    assert commit() == clean + "+"
+
+
 def test_known_faults_are_of_these_kernels_on_this_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, committed = tmp_path / "out", tmp_path / "committed"
     for folder in (out, committed):
