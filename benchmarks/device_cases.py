@@ -64,6 +64,9 @@ def every_form(dtype: torch.dtype) -> Iterator[AttentionCase | PatchEmbedCase]:
         # The first length that no block can hold, on the device with the most shared memory.
         long = 227 * 1024 // (4 * dim) + 41
         yield _attention(18, 16, 197, dim, dtype)
+        # In one pass on every device, whatever shared memory it has.
+        yield _attention(2, 16, 80, dim, dtype)
+        yield _attention(2, 16, 80, dim, dtype, bias="additive")
         yield _short(dim, dtype, bias="additive")
         yield _attention(1, 2, long, dim, dtype)
         yield _attention(1, 2, long, dim, dtype, is_causal=True)

@@ -150,8 +150,16 @@ def run(contest: Contest, machine: Machine, repeats: int) -> Outcome:
             outcome.notes.append(f"{label}: {entry.name}: wrong ({rule:.2f} of what is allowed), so not timed")
     if not ours:
         return outcome
-    times, absent = timers.measure([*ours, *contest.peers], contest.repeats or repeats, contest.clock or machine.device)
+    device = contest.clock or machine.device
+    patience = PATIENCE if device == machine.device else 0.0
+    times, absent = timers.measure([*ours, *contest.peers], contest.repeats or repeats, device, patience)
     outcome.notes += [f"{label}: {name}: {reason}" for name, reason in absent.items()]
+    for name, taken in times.items():
+        if 2 * taken.disturbed > len(taken.samples):
+            count = f"{taken.disturbed} of {len(taken.samples)} samples"
+            outcome.notes.append(
+                f"{label}: {name}: timed, but in {count} others used the processor ({machine.threads}t)"
+            )
     for entry in ours:
         if entry.name not in times:
             continue
@@ -187,6 +195,8 @@ def _row(contest: Contest, machine: Machine, entry: Entry, peer: Entry | None, t
     )  # fmt: skip
 
 
+# Seconds that a case may wait for others to leave the processor alone (timers.measure).
+PATIENCE = 10.0
 TIME_COLUMNS = ("ours_p20", "ours_p50", "ours_p80", "peer_p20", "peer_p50", "peer_p80")
 
 
@@ -237,17 +247,14 @@ def commit() -> str:
     # Only of this tree: it may have been copied into somebody else's repository.
     if (ROOT / ".git").exists():
         with contextlib.suppress(OSError, subprocess.CalledProcessError):
-            written = (":!benchmarks/results", ":!README.md")
-            commands = ("git describe --always", "git status --porcelain -- .")
-            name, changes = (
-                subprocess.run(
-                    [*command.split(), *paths], cwd=ROOT, capture_output=True, text=True, check=True
-                ).stdout.strip()
-                for command, paths in zip(commands, ((), written), strict=True)
-            )
-            return name + "+" * bool(changes)
+            name = _git("describe", "--always")
+            return name + "+" * bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md"))
     written = ROOT / "COMMIT"
     return (written.read_text().strip() if written.exists() else "") or "unknown"
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
 @functools.cache

@@ -11,13 +11,14 @@ import os
 import platform
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 import fastvit
-from benchmarks import harness
+from benchmarks import harness, quiet
 from benchmarks.timers import median_seconds
 from fastvit.commands.env import cpu_name
 from fastvit.ops.backends import device_family
@@ -62,7 +63,7 @@ def copy_bandwidth(device: str, size: int | None = None, repeats: int = REPEATS)
     size = size or COPY_BYTES[device]
     source = torch.empty(size, dtype=torch.uint8, device=device).random_(0, 255)
     target = torch.empty_like(source)
-    seconds = median_seconds(lambda: target.copy_(source), repeats, device)
+    seconds = median_seconds(lambda: target.copy_(source), repeats, device, harness.PATIENCE)
     return 2.0 * size / seconds / 1e9
 
 
@@ -72,7 +73,8 @@ def matrix_rate(device: str, dtype: torch.dtype, sizes: tuple[int, ...] | None =
     for size in sizes or MATRIX_SIZES[device]:
         left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         out = torch.empty_like(left)
-        seconds = median_seconds(lambda a=left, b=right, c=out: torch.mm(a, b, out=c), repeats, device)  # type: ignore[misc]
+        call = partial(torch.mm, left, right, out=out)
+        seconds = median_seconds(call, repeats, device, harness.PATIENCE)
         rates.append(2.0 * size**3 / seconds / 1e9)
     return max(rates)
 
@@ -82,7 +84,10 @@ def fma_rate(device: str) -> float:
 
     0 on a GPU. It is a loop of our own without memory or latency in its way (csrc/cpu/fma_peak.h), not torch's product.
     """
-    return 0.0 if device == "cuda" else float(importlib.import_module("fastvit._C").fma_peak(FMA_SECONDS))
+    if device == "cuda":
+        return 0.0
+    quiet.of_threads(torch.get_num_threads()).wait(harness.PATIENCE)
+    return float(importlib.import_module("fastvit._C").fma_peak(FMA_SECONDS))
 
 
 def device_name(device: str) -> str:

@@ -1,6 +1,7 @@
 """Times of several ways to do one thing, taken in turn, so that whatever else a machine does hits all of them.
 
-On a CPU the clock is the host's, and the order of the ways is drawn anew for each sample. On a GPU it is events around
+On a CPU the clock is the host's, the order of the ways is drawn anew for each sample, and samples that others' work ran
+through can be thrown away. On a GPU it is events around
 replays of CUDA graphs, each after a buffer larger than the second-level cache has been written; the same calls are also
 timed without a graph, launch overhead included.
 """
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from benchmarks import quiet
 from fastvit.testing import ieee_float32
 
 Call = Callable[[], object]
@@ -50,12 +52,16 @@ class Entry:
 
 @dataclass
 class Times:
-    """Seconds per call of one entry: ``samples`` by the main clock, ``eager`` without a graph, peak memory in MiB."""
+    """Seconds per call of one entry: ``samples`` by the main clock, ``eager`` without a graph, peak memory in MiB.
+
+    ``disturbed`` of the samples were taken, for want of better ones, while others used the processor.
+    """
 
     samples: list[float] = field(default_factory=list)
     eager: list[float] = field(default_factory=list)
     mib: float = 0.0
     clock: str = "host"
+    disturbed: int = 0
 
 
 def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -109,12 +115,33 @@ def _check_same(entry: Entry, reference: object, result: object) -> None:
 
 
 @ieee_float32()
-def measure(entries: Sequence[Entry], repeats: int, device: str) -> tuple[dict[str, Times], dict[str, str]]:
-    """Return the times of each entry by name, and why an entry has none; float32 is float32 for all of them."""
-    return (_on_device if device == "cuda" else _on_host)(entries, repeats)
+def measure(
+    entries: Sequence[Entry], repeats: int, device: str, patience: float = 0.0
+) -> tuple[dict[str, Times], dict[str, str]]:
+    """Return the times of each entry by name, and why an entry has none; float32 is float32 for all of them.
+
+    On a CPU, a round of samples counts where the machine was quiet before and after it; ``patience`` is how many
+    seconds may go by in waiting for that and in rounds that do not count, then they all do.
+    """
+    return _on_device(entries, repeats) if device == "cuda" else _on_host(entries, repeats, patience)
 
 
-def _on_host(entries: Sequence[Entry], repeats: int) -> tuple[dict[str, Times], dict[str, str]]:
+def _quiet_round(
+    one_round: Callable[[], dict[str, float]], is_quiet: quiet.Quiet, patience: float
+) -> tuple[dict[str, float], bool, float]:
+    """Return a round of samples, whether it was disturbed all the same, and the seconds of ``patience`` spent on it."""
+    spent = 0.0
+    while True:
+        spent += is_quiet.wait(patience - spent)
+        begin = time.perf_counter()
+        samples = one_round()
+        disturbed = not is_quiet()
+        if not disturbed or spent >= patience:
+            return samples, disturbed, spent
+        spent += time.perf_counter() - begin
+
+
+def _on_host(entries: Sequence[Entry], repeats: int, patience: float) -> tuple[dict[str, Times], dict[str, str]]:
     calls: dict[str, tuple[Call, int, bool]] = {}
     absent: dict[str, str] = {}
     times: dict[str, Times] = {}
@@ -145,13 +172,27 @@ def _on_host(entries: Sequence[Entry], repeats: int) -> tuple[dict[str, Times], 
     # and an SDPA that follows a call on the same tensors has them warm.
     order = list(calls)
     draw = random.Random(0)
-    for _ in range(repeats):
+
+    def one_round() -> dict[str, float]:
         draw.shuffle(order)
+        samples = {}
         for name in order:
             call, number, twice = calls[name]
             if twice:
                 call()
-            times[name].samples.append(_seconds(call, number) / number)
+            samples[name] = _seconds(call, number) / number
+        return samples
+
+    is_quiet = quiet.of_threads(torch.get_num_threads()) if patience else None
+    for _ in range(repeats):
+        if is_quiet is None:
+            samples, disturbed = one_round(), False
+        else:
+            samples, disturbed, spent = _quiet_round(one_round, is_quiet, patience)
+            patience -= spent
+        for name, seconds in samples.items():
+            times[name].samples.append(seconds)
+            times[name].disturbed += disturbed
     return times, absent
 
 
@@ -234,9 +275,9 @@ def _between_events(call: Call, flush: torch.Tensor) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def median_seconds(call: Call, repeats: int, device: str) -> float:
+def median_seconds(call: Call, repeats: int, device: str, patience: float = 0.0) -> float:
     """Return the median seconds of ``call`` by the plainest clock of the device, for the roofline."""
-    times, absent = measure([Entry("roof", lambda: call, graph=False)], repeats, device)
+    times, absent = measure([Entry("roof", lambda: call, graph=False)], repeats, device, patience)
     if absent:
         raise RuntimeError(absent["roof"])
     return statistics.median(times["roof"].samples)

@@ -64,10 +64,9 @@ def attention_cases(form: str, head_dim: int, dtype: torch.dtype) -> list[Kernel
         return AttentionCase(*shape, layout="bnhd", sharpness=2.0, seed=head_dim, **mask)
 
     if form == "forward resident":
-        # Without a mask by three loops: over keys, and in one pass at up to 200 and 264 of them.
-        seqlens = (50, 197, 257) if head_dim == 64 else (50, 197)
-        plain = [KernelCase(case(n, {}), RESIDENT, backward=False) for n in seqlens]
-        return plain + [KernelCase(case(50, mask), RESIDENT, backward=False) for mask in MASKS[1:]]
+        # By three kernels, each with a mask and without: over keys, and in one pass at up to 200 and 264 of them.
+        seqlens = (50, 197, 257) if head_dim == 64 else (50, 257)
+        return [KernelCase(case(n, mask), RESIDENT, backward=False) for mask in MASKS for n in seqlens]
     if form == "forward streaming":
         # The memory that this form takes, which is too little for the keys and values of a head.
         device = {"shared_bytes": 768 * head_dim}

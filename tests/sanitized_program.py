@@ -26,7 +26,9 @@ def attention(dtype: torch.dtype) -> Iterator[list[Comparison]]:
             ((50, 50), {}),
             ((197, 197), {}),
             ((70, 257), {}),
+            ((40, 50), {"bias": "additive"}),
             ((130, 150), {"bias": "additive"}),
+            ((70, 257), {"bias": "additive"}),
             ((50, 300), {}),
             ((77, 200), MASK),
         ):

@@ -93,7 +93,7 @@ def test_a_row_says_its_roof_and_its_share() -> None:
 def test_the_roofs_are_measured_with_the_right_count(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def second(call: object, repeats: int, device: str) -> float:
+    def second(call: object, repeats: int, device: str, patience: float) -> float:
         call()  # type: ignore[operator]
         calls.append((repeats, device))
         return 2.0

@@ -5,8 +5,9 @@
 //   streaming  a block takes a tile of queries and streams K and V through a ring of two stages: any length.
 //
 // Both are made of attend(): a warp's kM × 16 queries against up to 8 kTiles keys whose scores stay in registers. Where
-// 8 kTiles ≥ Nk there is one such step and the softmax is exact in one pass; else it is the online softmax (Milakov &
-// Gimelshein 2018; Dao 2023, FlashAttention-2, algorithm 1). Absent tiles of eight keys are not computed.
+// 8 kTiles ≥ Nk there is one such step and the softmax is exact in one pass: to 264 keys in the resident form, with or
+// without a bias or a mask. Beyond, it is the online softmax (Milakov & Gimelshein 2018; Dao 2023, FlashAttention-2,
+// algorithm 1). Absent tiles of eight keys are not computed.
 #pragma once
 
 #include <algorithm>
@@ -28,6 +29,24 @@ struct ForwardArguments : AttentionParams {
   int parts = 1;
   int stages = 1;
 };
+
+// The scores of one step live in registers, 4 · kM · kTiles of a lane's 255, beside kM · kDim / 2 of O and, where
+// another step follows, kM · kDim / 4 of Q.
+struct ForwardTile {
+  int row_tiles;  // kM
+  int key_tiles;  // kTiles
+};
+
+// Two tiles of sixteen queries share each load of K and V, which halves the reads of shared memory, the narrower road
+// on sm_80 (a warp's 16 × 8 × 16 product takes two cycles of a multiprocessor, its 256 bytes of K also two). Beyond 80
+// the accumulators of two tiles would not leave room for the scores.
+__host__ __device__ constexpr ForwardTile online_tile(int head_dim) { return {head_dim <= 80 ? 2 : 1, 8}; }
+
+// The most keys of a step that takes a whole sequence at once: 264 holds 16 × 16 patches and a few prefix tokens
+// (N = 256, 257, 261). A lane's scores of one tile of queries take N / 2 registers, so that this is also about as far
+// as one pass goes: 132 of 255. At head dim 64, 200 keys (N = 196, 197) need 32 registers fewer than 264.
+constexpr int kOnePassTiles = 33;
+constexpr int kOnePassTilesShort = 25;
 
 template <typename T, int kDim, int kM>
 struct ForwardState {
@@ -87,7 +106,6 @@ __device__ __forceinline__ void attend(ForwardState<T, kDim, kM>& state, const R
       maximum = row_maximum(maximum);
       // A row with nothing to attend to has no maximum; its exponentials are those of −inf.
       const float origin = maximum == -infinity() ? 0.0f : maximum * factor;
-      const float rescale = exp2_approx(before * factor - origin);
       state.maximum[m][half] = maximum;
       float sum = 0.0f;
 #pragma unroll
@@ -100,8 +118,11 @@ __device__ __forceinline__ void attend(ForwardState<T, kDim, kM>& state, const R
           }
         }
       }
-      state.sum[m][half] = state.sum[m][half] * rescale + sum;
-      if (first_key > 0) {
+      if (first_key == 0) {
+        state.sum[m][half] = sum;
+      } else {
+        const float rescale = exp2_approx(before * factor - origin);
+        state.sum[m][half] = state.sum[m][half] * rescale + sum;
 #pragma unroll
         for (int c = 0; c < Tile<kDim>::kChunks; ++c) {
           state.output[m][c][2 * half] *= rescale;
@@ -212,9 +233,14 @@ __global__ void __launch_bounds__(kMaxThreads) attention_forward_resident(const 
       state.clear();
       const int seqlen_k = int(p.seqlen_k);
       const int end = p.is_causal ? min(seqlen_k, first + 16 * kM) : seqlen_k;
-      for (int key = 0; key < end; key += 8 * kTiles) {
-        attend<T, kDim, kM, kTiles, kMasked>(state, query, key_tile, value_tile, key, first, key,
-                                             min(8 * kTiles, end - key), p, at);
+      if constexpr (kTiles > online_tile(kDim).key_tiles) {
+        // Known to be one step: Q is not kept beside O.
+        attend<T, kDim, kM, kTiles, kMasked>(state, query, key_tile, value_tile, 0, first, 0, end, p, at);
+      } else {
+        for (int key = 0; key < end; key += 8 * kTiles) {
+          attend<T, kDim, kM, kTiles, kMasked>(state, query, key_tile, value_tile, key, first, key,
+                                               min(8 * kTiles, end - key), p, at);
+        }
       }
       finish<T, kDim, kM, kMasked>(state, warp_tile, first, output_rows, lse, p);
     }
@@ -270,25 +296,6 @@ __global__ void __launch_bounds__(kMaxThreads) attention_forward_streaming(const
   }
 }
 
-// The scores of one step live in registers, 4 · kM · kTiles of a lane's 255, beside kM · kDim / 2 of O and
-// kM · kDim / 4 of Q.
-struct ForwardTile {
-  int row_tiles;  // kM
-  int key_tiles;  // kTiles
-};
-
-// Two tiles of sixteen queries share each load of K and V, which halves the reads of shared memory, the narrower road
-// on sm_80 (a warp's 16 × 8 × 16 product takes two cycles of a multiprocessor, its 256 bytes of K also two). Beyond 80
-// the accumulators of two tiles would not leave room for the scores.
-constexpr ForwardTile online_tile(int head_dim) { return {head_dim <= 80 ? 2 : 1, 8}; }
-
-// The most keys of a step that takes a whole sequence at once: 264 holds 16 × 16 patches and a few prefix tokens
-// (N = 256, 257, 261). At head dim 64, 200 keys (N = 196, 197) need 32 registers fewer than 264.
-constexpr int kOnePassTiles = 33;
-constexpr int kOnePassTilesShort = 25;
-// Wider heads would spill.
-constexpr int kOnePassHeadDim = 96;
-
 constexpr int kWarpsAtMost = kMaxThreads / kWarpThreads;
 
 // The number of warps, 4 to 8, that shares tiles of queries with the fewest idle: the largest of equals.
@@ -334,21 +341,23 @@ void launch_online(ForwardArguments& p, const DeviceLimits& device, void* stream
   launch(attention_forward_streaming<T, kDim, kM, kTiles, kMasked>, {p.items, warps * kWarpThreads, shared}, stream, p);
 }
 
+template <typename T, int kDim, bool kMasked>
+void launch_forward(ForwardArguments& p, const DeviceLimits& device, void* stream) {
+  const bool one_pass = p.seqlen_k > 8 * online_tile(kDim).key_tiles && p.seqlen_k <= 8 * kOnePassTiles;
+  if constexpr (kDim == 64) {
+    const bool is_short = one_pass && p.seqlen_k <= 8 * kOnePassTilesShort;
+    if (is_short && try_resident<T, kDim, 1, kOnePassTilesShort, kMasked>(p, device, stream)) return;
+  }
+  if (one_pass && try_resident<T, kDim, 1, kOnePassTiles, kMasked>(p, device, stream)) return;
+  launch_online<T, kDim, kMasked>(p, device, stream);
+}
+
 template <typename T, int kDim>
 void attention_forward_head_dim(ForwardArguments& p, void* stream) {
   const DeviceLimits device = device_limits();
   // Without a bias the scale is applied last; −inf times zero, of a key that is not there, would be NaN.
   const bool is_masked = p.is_causal || p.bias.type != BiasType::kNone || p.scale_log2 == 0.0f;
-  if (is_masked) return launch_online<T, kDim, true>(p, device, stream);
-  if constexpr (kDim <= kOnePassHeadDim) {
-    const bool one_pass = p.seqlen_k > 8 * online_tile(kDim).key_tiles && p.seqlen_k <= 8 * kOnePassTiles;
-    if constexpr (kDim == 64) {
-      const bool is_short = one_pass && p.seqlen_k <= 8 * kOnePassTilesShort;
-      if (is_short && try_resident<T, kDim, 1, kOnePassTilesShort, false>(p, device, stream)) return;
-    }
-    if (one_pass && try_resident<T, kDim, 1, kOnePassTiles, false>(p, device, stream)) return;
-  }
-  launch_online<T, kDim, false>(p, device, stream);
+  (is_masked ? launch_forward<T, kDim, true> : launch_forward<T, kDim, false>)(p, device, stream);
 }
 
 // Whether a device of compute capability 9.0 runs the form for sm_90a where it can. Not before a measurement of the two
