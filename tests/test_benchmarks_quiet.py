@@ -26,6 +26,14 @@ def test_a_yardstick_that_takes_longer_than_its_best_has_company(monkeypatch: py
     assert yardstick()
 
 
+def test_it_may_be_made_in_one_mode_and_asked_in_another() -> None:
+    with torch.inference_mode():
+        yardstick = quiet.Quiet(1)
+    yardstick()
+    with torch.no_grad():
+        yardstick()
+
+
 def test_waiting_ends_with_the_patience_or_the_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     yardstick = quiet.Quiet(1)
     monkeypatch.setattr(yardstick, "_seconds", lambda: 1.0)
