@@ -111,11 +111,23 @@ def test_what_a_sanitizer_has_said_is_not_asked_again(tmp_path: Path, monkeypatc
 
 
 def test_the_sanitizer_may_be_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
+    monkeypatch.setattr(gpu.shutil, "which", lambda name, path: None)
     assert gpu.sanitize(1.0, tmp_path / "log", Known(tmp_path / "known.json", {})) == {
-        "compute-sanitizer": "was not found on PATH"
+        "compute-sanitizer": "was found neither on PATH nor in the toolkit"
     }
     compile(gpu.SANITIZED, "program", "exec")
+
+
+def test_the_sanitizer_of_the_toolkit_is_found_without_it_on_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin/compute-sanitizer"
+    program.write_text('#!/bin/sh\necho "ERROR SUMMARY: 0 errors"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    found = gpu.sanitize(60.0, tmp_path / "log", Known(tmp_path / "known.json", {}))
+    assert found == dict.fromkeys(("memcheck", "racecheck"), "clean: ERROR SUMMARY: 0 errors")
 
 
 def few_cases() -> list[correctness.Case]:
