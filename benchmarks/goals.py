@@ -2,7 +2,7 @@
 
 A goal names the cases that it is about (suite, dtype and shapes of :mod:`benchmarks.cases`) and the peers that count:
 of those the fastest at each shape. It is met on so many threads when the geometric mean over all of its cases and the
-least of them reach their limits. The goals on a GPU are in NOTES.md.
+least of them reach their limits. The goals on a GPU are in gpu_goals.py.
 """
 
 from __future__ import annotations

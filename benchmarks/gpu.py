@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
-from benchmarks import cases, correctness, harness, processes, roofline, runner
+from benchmarks import cases, correctness, gpu_goals, harness, processes, roofline, runner
 from benchmarks.leases import Known
 from benchmarks.processes import STUCK, TOO_LONG, logged
 
@@ -189,6 +190,7 @@ def child(options: argparse.Namespace) -> int:
     )  # fmt: skip
     for line in sorted(set(result.notes)):
         print(f"not timed: {line}")
+    gpu_goals.show(result.rows, Console(width=140))
     return {runner.INTERRUPTED: 130, runner.LOST: LOST}.get(result.ended, 0)
 
 
