@@ -11,18 +11,20 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cases, formulas, suite_attention, suite_overhead, suite_patch_embed
-from benchmarks.cases import AttentionShape, PatchShape, Work
+from benchmarks import cases, formulas, suite_attention, suite_models, suite_overhead, suite_patch_embed
+from benchmarks.cases import AttentionShape, ModelShape, PatchShape, Work
 
+TINY = ModelShape("vit_tiny_patch16_224", dict(cases.MODELS)["vit_tiny_patch16_224"], 1)
 SHAPES = (AttentionShape(1, 12, 197, 64), AttentionShape(64, 3, 49, 32), AttentionShape(1, 12, 197, 64, "backward"))
 WORKS = (
     *(cases.attention_work(shape, torch.float32, "packed", 0) for shape in SHAPES),
     cases.attention_work(AttentionShape(1, 12, 197, 64), torch.bfloat16, "packed", 0),
     Work("patch_embed forward", "B1 224² P16 D768", torch.float32, 0, "patch_embed", PatchShape(1, 224, 16, 768)),
+    Work("model inference, eager", TINY.case, torch.float32, 0, "models", TINY),
     Work("overhead eager call", "B1 H1 N16 D64", torch.float32, 0, "overhead", "eager call"),
 )
 SUITES: dict[str, Any] = {
-    "attention": suite_attention, "patch_embed": suite_patch_embed, "overhead": suite_overhead,
+    "attention": suite_attention, "patch_embed": suite_patch_embed, "models": suite_models, "overhead": suite_overhead,
 }  # fmt: skip
 
 
