@@ -80,8 +80,13 @@ def _first_call(backend: str, device: str, dtype: torch.dtype) -> str:
 
 
 def _process(program: str) -> Call:
+    """Return a call that runs a program in a process of its own, as on a machine that has compiled no kernel yet."""
+
     def call() -> None:
-        subprocess.run([sys.executable, "-c", program], cwd=harness.ROOT, check=True, capture_output=True)
+        with tempfile.TemporaryDirectory() as empty:
+            variables = {**os.environ, "TRITON_CACHE_DIR": empty}
+            command = [sys.executable, "-c", program]
+            subprocess.run(command, cwd=harness.ROOT, env=variables, check=True, capture_output=True)
 
     return call
 

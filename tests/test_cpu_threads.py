@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import fastvit
+from fastvit.commands.env import patch_embed_scratch
 from fastvit.kernels import native
 from fastvit.testing import AttentionCase, check_attention
 
@@ -121,12 +122,25 @@ def test_scratch_is_linear_in_the_lengths() -> None:
         _C.attention_scratch(1, 0, 1, 1)
 
 
+def test_scratch_of_patch_embedding_does_not_grow_with_images_or_patches() -> None:
+    forward, both = patch_embed_scratch(batch=2)
+    # No less than a patch and a row of the weight, no more than a task: a part of the second-level cache, and its sums.
+    assert 2 * 3 * 16 * 16 * 4 < forward <= both < 16 << 20
+    assert patch_embed_scratch(batch=8) == (forward, both)
+    # Tokens are dealt out evenly over tasks, so that a task may have one more of them.
+    assert patch_embed_scratch(batch=2, side=384) == pytest.approx((forward, both), rel=0.01)
+    small = patch_embed_scratch(embed_dim=32, patch=4)
+    assert small[0] < forward
+    assert small[1] < both
+
+
 # Prints the rise of the peak of resident memory over what the process held before the call, which the kernel of Linux
 # lets a process reset; and the scratch that the calling thread holds afterwards.
 MEASURE = """
 import json, re, sys
 import torch, fastvit
 from fastvit import _C
+from fastvit.commands.env import patch_embed_scratch
 
 backend, threads, lengths = sys.argv[1], int(sys.argv[2]), [int(n) for n in sys.argv[3:]]
 torch.set_num_threads(threads)

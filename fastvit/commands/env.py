@@ -6,6 +6,7 @@ import argparse
 import os
 import platform
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +19,7 @@ from fastvit.commands import check_json_path, make_console, make_table, short, w
 from fastvit.kernels import cuda, native
 from fastvit.kernels.spec import AttentionSpec, PatchEmbedSpec, Spec
 from fastvit.ops.backends import BACKENDS, MEASURED_ORDER, Explanation, automatic_order, device_family, explain
+from fastvit.ops.patch_embed import patch_embed
 from fastvit.version import __version__
 
 LIBRARIES = ("torch", "triton", "numpy", "timm", "transformers", "safetensors", "rich", "pillow", "matplotlib")
@@ -141,7 +143,7 @@ def _built() -> dict[str, Any]:
         "compiler": _C.compiler(),
         "instruction set": _C.cpu_capability(),
         "instruction sets built": ", ".join(sets),
-        "scratch per thread": _scratch(_C.attention_scratch(197, 197, 64, 64)),
+        "scratch per thread": "; ".join((_scratch(_C.attention_scratch(197, 197, 64, 64)), _patch_scratch())),
         "cuda architectures": _C.cuda_architectures() or "none: built without CUDA",
         "cuda kernels": f"{len(cuda.built_kernels())} instantiations, by nvcc {_C.cuda_compiler() or '(none)'}",
     }
@@ -150,6 +152,31 @@ def _built() -> dict[str, Any]:
 def _scratch(figures: list[int]) -> str:
     forward, backward, *_ = (size / 2**10 for size in figures)
     return f"{forward:.0f} KiB forward, {backward:.0f} KiB backward (attention, N = 197, D = 64, float32; linear in N)"
+
+
+def patch_embed_scratch(batch: int = 1, embed_dim: int = 768, patch: int = 16, side: int = 224) -> tuple[int, int]:
+    """Return the bytes of scratch that a thread of the CPU kernels holds after forward, and after backward too.
+
+    Its sums and operands are of one task, so they depend on the patch and on ``embed_dim`` up to the size of a task,
+    not on the number of images or patches. Measured, by a call in float32 in a thread of its own.
+    """
+    _C = import_module("fastvit._C")  # noqa: N806
+
+    def call() -> tuple[int, int]:
+        shapes = ((batch, 3, side, side), (embed_dim, 3, patch, patch), (embed_dim,))
+        leaves = [torch.zeros(shape, requires_grad=True) for shape in shapes]
+        tokens = patch_embed(*leaves, backend="cpu")
+        forward = _C.held_scratch()
+        torch.autograd.grad(tokens.sum(), leaves)
+        return forward, _C.held_scratch()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(call).result()
+
+
+def _patch_scratch() -> str:
+    forward, both = (size / 2**10 for size in patch_embed_scratch())
+    return f"{forward:.0f} KiB forward, {both:.0f} KiB with backward (patch embedding, P = 16, D = 768, float32)"
 
 
 def _explained(device: torch.device) -> dict[str, Any]:
