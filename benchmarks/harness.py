@@ -195,7 +195,7 @@ def _row(contest: Contest, machine: Machine, entry: Entry, peer: Entry | None, t
     )  # fmt: skip
 
 
-# Seconds that a case may wait for others to leave the processor alone (timers.measure). Tests, which share it on purpose,
+# Seconds that a case may wait for others to leave the processor alone (timers.measure). Tests share it on purpose, and
 # wait for nobody.
 PATIENCE = float(os.environ.get("FASTVIT_PATIENCE", "10"))
 TIME_COLUMNS = ("ours_p20", "ours_p50", "ours_p80", "peer_p20", "peer_p50", "peer_p80")

@@ -275,7 +275,7 @@ def test_everything_together_keeps_to_the_budget(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(gpu, "logged", logged)
     monkeypatch.setattr(processes, "captured", captured)
     monkeypatch.setattr(correctness, "run", check)
-    monkeypatch.setattr(gpu.shutil, "which", lambda name: name)
+    monkeypatch.setattr(gpu.shutil, "which", lambda name, path: name)
     monkeypatch.setattr(roofline, "device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
