@@ -215,7 +215,9 @@ def test_the_report_has_the_goals_of_a_cpu_at_its_head(tmp_path: Path) -> None:
     assert f"| 1 | 50.0 % | 50.0 % (60 %) | {first} | – | missed |" in text
     assert text.count("| not measured, 0 of ") == 16
     assert "Of 20 lines 1 are met." in text
-    assert "### Goals" not in report.full([tmp_path / "gpu-some-2026-01-02.csv"])
+    # A GPU has goals of its own.
+    assert "| geometric mean (goal) |" in text
+    assert "| geometric mean (goal) |" not in report.full([tmp_path / "gpu-some-2026-01-02.csv"])
     assert "### Goals" not in report.table(tmp_path / "cpu-some-2026-01-02.csv")
 
 
