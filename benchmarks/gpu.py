@@ -30,7 +30,7 @@ from benchmarks.processes import STUCK, TOO_LONG, logged
 BUDGET = 480.0
 # Parts of the budget: correctness must not leave nothing for speed, nor a sanitizer.
 CORRECTNESS, SANITIZER, FORMS = 0.4, 0.2, 0.15
-# What its two tools need at the most: PyTorch's start takes most of it.
+# And the sanitizer no more than this, however large the budget.
 SANITIZER_SECONDS = 90.0
 FORMS_SECONDS = 90.0
 RESTARTS = 5
