@@ -112,8 +112,9 @@ GOALS = (
 class Line:
     """What rows say of a goal on ``threads`` threads.
 
-    ``values`` has, for each case that has rows, what the goal is about, ``stricter`` the same with the further peer,
-    and ``stale`` says whether the kernels have changed since any of these rows was measured.
+    ``values`` has, for each case that has rows, what the goal is about, ``stricter`` the same with the further peer.
+    ``stale`` says whether the kernels have changed since any of these rows was measured, and ``disturbed`` in how many
+    cases others used the processor.
     """
 
     goal: Goal
@@ -121,6 +122,7 @@ class Line:
     values: dict[str, float]
     stricter: dict[str, float] = field(default_factory=dict)
     stale: bool = False
+    disturbed: int = 0
 
     @property
     def verdict(self) -> str:
@@ -150,7 +152,8 @@ def _line(rows: Sequence[Row], goal: Goal, threads: int) -> Line:
 
     stricter = values((*goal.peers, goal.stricter)) if goal.stricter else {}
     stale = harness.is_stale(row for group in groups.values() for row in group)
-    return Line(goal, threads, values(goal.peers), stricter, stale)
+    disturbed = sum(any(row.disturbed for row in group) for group in groups.values())
+    return Line(goal, threads, values(goal.peers), stricter, stale, disturbed)
 
 
 HEAD = (
@@ -172,6 +175,8 @@ def cells(line: Line) -> tuple[str, ...]:
     verdict = line.verdict
     if len(measured) < len(goal.cases):
         verdict += f", {len(measured)} of {len(goal.cases)} cases"
+    if line.disturbed:
+        verdict += f", {line.disturbed} disturbed"
     against = goal.against or ", ".join(goal.peers)
     return (
         goal.name, goal.dtype, against, str(line.threads), mean + limits[0] * bool(goal.mean), least + limits[1], at,

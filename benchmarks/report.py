@@ -151,6 +151,8 @@ def _goals(rows: list[Row]) -> list[str]:
         f"with a missing case is never met. {CHANNELS_LAST} gets images and weights that lie so already: it is "
         "shown beside them and does not count."
     )
+    if any(row.disturbed for row in rows):
+        said += " A case is disturbed when others used the processor in most of its samples; the next run repeats it."
     return ["### Goals", mark + _markdown(goals.HEAD, map(goals.cells, lines)), said]
 
 
@@ -166,6 +168,7 @@ def _cases(rows: list[Row]) -> str:
         "suite", "case", "dtype", "threads", "backend", "ms (p20 – p80)", "without graph", "peer", "peer ms", "ratio",
         "GFLOP/s", "GB/s", "of the roof", "per second", "MFU", "peak MiB", "rule",
     )  # fmt: skip
+    disturbed = any(row.disturbed for row in rows)
     records = []
     for row in rows:
         model = row.suite.startswith("model")
@@ -177,8 +180,9 @@ def _cases(rows: list[Row]) -> str:
             f"{row.ours_p50:.4g} ({row.ours_p20:.4g} – {row.ours_p80:.4g})", _number(row.ours_eager),
             row.peer + version, _number(row.peer_p50), f"{row.ratio:.2f}", _number(row.ours_gflops),
             _number(row.ours_gbs), roof(row), _number(row.per_second), mfu, memory, f"{row.rule:.2f}",
+            *[f"{row.disturbed} of {row.samples}" if row.disturbed else "–"] * disturbed,
         ))  # fmt: skip
-    return _markdown(head, records)
+    return _markdown([*head, *["disturbed samples"] * disturbed], records)
 
 
 def _number(value: float) -> str:

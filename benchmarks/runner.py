@@ -48,6 +48,8 @@ INTERRUPTED = "interrupted"
 # How a run ends whose device has faulted: what comes after in the same process fails, whatever it is.
 LOST = "the device is lost to this process"
 REPEATS = {"cpu": 24, "cuda": 30}
+# How often a run comes back to the cases that others disturbed.
+RETURNS = 2
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -177,7 +179,7 @@ def _is_done(work: Work, machine: Machine, report: Report, options: Options) -> 
     done = {
         row.backend
         for row in report.rows
-        if row.work == (*work.key, machine.threads) and harness.is_fresh(row, machine)
+        if row.work == (*work.key, machine.threads) and harness.is_fresh(row, machine) and not row.disturbed
     }
     return bool(done) and wanted <= done | _cannot(work, wanted - done, options.device)
 
@@ -220,25 +222,34 @@ def _measure(
     todo: list[tuple[Work, Machine]], report: Report, options: Options, begin: float, console: Console
 ) -> None:
     repeats = options.repeats or REPEATS[options.device]
-    with _progress(len(todo), console) as advance:
-        for work, machine in todo:
-            if time.monotonic() - begin > options.budget:
-                report.ended = f"the budget of {options.budget:.0f} s is spent"
-                return
-            if options.device == "cpu":
-                torch.set_num_threads(machine.threads)
-            options.note(work.label)
-            report.ran.add(work.label)
-            outcome = measure_one(work, machine, options, repeats)
-            if is_lost(machine.device):
-                # Whatever was timed before the fault is not to be believed either.
-                report.ended = LOST
-                return
-            _merge(report, outcome)
-            for row in harness.best(outcome.rows) or outcome.rows[:1]:
-                console.print(line(row), highlight=False, markup=False, soft_wrap=True)
-            save(report)
-            advance(work.label)
+    for returns in range(1 + RETURNS):
+        if returns:
+            console.print(f"{len(todo)} cases that others' work disturbed are measured anew")
+        disturbed = []
+        with _progress(len(todo), console) as advance:
+            for work, machine in todo:
+                if time.monotonic() - begin > options.budget:
+                    report.ended = f"the budget of {options.budget:.0f} s is spent"
+                    return
+                if options.device == "cpu":
+                    torch.set_num_threads(machine.threads)
+                options.note(work.label)
+                report.ran.add(work.label)
+                outcome = measure_one(work, machine, options, repeats)
+                if is_lost(machine.device):
+                    # Whatever was timed before the fault is not to be believed either.
+                    report.ended = LOST
+                    return
+                if any(row.disturbed for row in outcome.rows):
+                    disturbed.append((work, machine))
+                _merge(report, outcome, machine)
+                for row in harness.best(outcome.rows) or outcome.rows[:1]:
+                    console.print(line(row), highlight=False, markup=False, soft_wrap=True)
+                save(report)
+                advance(work.label)
+        todo = disturbed
+        if not todo:
+            return
 
 
 def measure_one(work: Work, machine: Machine, options: Options, repeats: int) -> Outcome:
@@ -268,10 +279,17 @@ def measure_one(work: Work, machine: Machine, options: Options, repeats: int) ->
     return outcome
 
 
-def _merge(report: Report, outcome: Outcome) -> None:
-    replaced = {(row.work, row.backend) for row in outcome.rows}
-    report.rows = [row for row in report.rows if (row.work, row.backend) not in replaced] + outcome.rows
-    report.new += len(outcome.rows)
+def _merge(report: Report, outcome: Outcome, machine: Machine) -> None:
+    """Take over an outcome; of two that others disturbed, the one with more quiet samples stays."""
+    before = {
+        (row.work, row.backend): row.disturbed
+        for row in report.rows
+        if row.disturbed and harness.is_fresh(row, machine)
+    }
+    rows = [row for row in outcome.rows if row.disturbed <= before.get((row.work, row.backend), row.disturbed)]
+    replaced = {(row.work, row.backend) for row in rows}
+    report.rows = [row for row in report.rows if (row.work, row.backend) not in replaced] + rows
+    report.new += len(rows)
     report.notes += outcome.notes
 
 
@@ -300,6 +318,7 @@ def line(row: Row) -> str:
     """Return a finished row for the console."""
     share = f"  {100 * row.share:3.0f} % of {row.bound}" if row.bound else ""
     share += f"  {100 * row.fma_share:3.0f} % of FMA" if row.fma_share else ""
+    share += f"  disturbed: {row.disturbed} of {row.samples} samples" if row.disturbed else ""
     threads = f" {row.threads}t" if row.threads else ""
     name = " ".join(filter(None, (row.suite, row.case, row.dtype, row.layout)))
     return f"{name:66}{threads} {row.backend:6} {row.ours_p50:9.4g} ms  {row.ratio:5.2f} × {row.peer}{share}"

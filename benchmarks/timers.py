@@ -1,9 +1,8 @@
 """Times of several ways to do one thing, taken in turn, so that whatever else a machine does hits all of them.
 
 On a CPU the clock is the host's, the order of the ways is drawn anew for each sample, and samples that others' work ran
-through can be thrown away. On a GPU it is events around
-replays of CUDA graphs, each after a buffer larger than the second-level cache has been written; the same calls are also
-timed without a graph, launch overhead included.
+through can be thrown away. On a GPU it is events around replays of CUDA graphs, each after a buffer larger than the
+second-level cache has been written; the same calls are also timed without a graph, launch overhead included.
 """
 
 from __future__ import annotations
@@ -29,6 +28,8 @@ WARM_UPS = 2
 SHORTEST_SAMPLE = 1e-4
 # A call longer than this is not made twice for a sample: what the other one left in the caches is a thousandth of it.
 LONGEST_TWICE = 0.5
+# Of the rounds of samples: where so many were quiet, the others do not count.
+ENOUGH_QUIET = 1 / 3
 # The relative difference (in the Euclidean norm) beyond which two ways cannot have done the same thing. The gate has
 # judged ours by the tolerance rule before; this is for a peer that was called in a wrong way.
 SAME_WITHIN = 0.05
@@ -39,7 +40,8 @@ class Entry:
     """One way to do the work: ``build`` makes the call (and what it needs) where it is to be timed.
 
     ``floor`` marks a call that does less than the work, shown as a bound and never as a rival. ``follows_itself``: in
-    use one call follows another of the same, as a model's do, so that an untimed one comes before each sample.
+    use one call follows another of the same, as a model's do, so that an untimed one comes before each sample. A
+    ``gauge`` is not timed: what it returns, a rate of a CPU, is the sample.
     """
 
     name: str
@@ -48,13 +50,14 @@ class Entry:
     floor: bool = False
     graph: bool = True
     follows_itself: bool = False
+    gauge: bool = False
 
 
 @dataclass
 class Times:
     """Seconds per call of one entry: ``samples`` by the main clock, ``eager`` without a graph, peak memory in MiB.
 
-    ``disturbed`` of the samples were taken, for want of better ones, while others used the processor.
+    ``disturbed`` of the samples were taken while others used the processor, and count for want of enough better ones.
     """
 
     samples: list[float] = field(default_factory=list)
@@ -121,7 +124,8 @@ def measure(
     """Return the times of each entry by name, and why an entry has none; float32 is float32 for all of them.
 
     On a CPU, a round of samples counts where the machine was quiet before and after it; ``patience`` is how many
-    seconds may go by in waiting for that and in rounds that do not count, then they all do.
+    seconds may go by in waiting for that and in rounds that do not count. Then rounds are taken as they come, and the
+    disturbed ones count where less than ``ENOUGH_QUIET`` of all were quiet.
     """
     return _on_device(entries, repeats) if device == "cuda" else _on_host(entries, repeats, patience)
 
@@ -143,6 +147,7 @@ def _quiet_round(
 
 def _on_host(entries: Sequence[Entry], repeats: int, patience: float) -> tuple[dict[str, Times], dict[str, str]]:
     calls: dict[str, tuple[Call, int, bool]] = {}
+    gauges: dict[str, Call] = {}
     absent: dict[str, str] = {}
     times: dict[str, Times] = {}
     reference: object = None
@@ -151,6 +156,9 @@ def _on_host(entries: Sequence[Entry], repeats: int, patience: float) -> tuple[d
             call = entry.build()
             for _ in range(WARM_UPS):
                 result = call()
+            if entry.gauge:
+                gauges[entry.name], times[entry.name] = call, Times()
+                continue
             if calls:
                 _check_same(entry, reference, result)
             else:
@@ -170,13 +178,16 @@ def _on_host(entries: Sequence[Entry], repeats: int, patience: float) -> tuple[d
     gc.collect()
     # In an order drawn anew each time: who always comes after the same other finds the caches as that one leaves them,
     # and an SDPA that follows a call on the same tensors has them warm.
-    order = list(calls)
+    order = [*calls, *gauges]
     draw = random.Random(0)
 
     def one_round() -> dict[str, float]:
         draw.shuffle(order)
         samples = {}
         for name in order:
+            if name in gauges:
+                samples[name] = float(gauges[name]())  # type: ignore[arg-type]
+                continue
             call, number, twice = calls[name]
             if twice:
                 call()
@@ -184,15 +195,20 @@ def _on_host(entries: Sequence[Entry], repeats: int, patience: float) -> tuple[d
         return samples
 
     is_quiet = quiet.of_threads(torch.get_num_threads()) if patience else None
+    calm: list[dict[str, float]] = []
+    disturbed: list[dict[str, float]] = []
     for _ in range(repeats):
         if is_quiet is None:
-            samples, disturbed = one_round(), False
-        else:
-            samples, disturbed, spent = _quiet_round(one_round, is_quiet, patience)
-            patience -= spent
-        for name, seconds in samples.items():
-            times[name].samples.append(seconds)
-            times[name].disturbed += disturbed
+            calm.append(one_round())
+            continue
+        samples, company, spent = _quiet_round(one_round, is_quiet, patience)
+        patience -= spent
+        (disturbed if company else calm).append(samples)
+    if len(calm) >= ENOUGH_QUIET * repeats:
+        disturbed = []
+    for name, value in times.items():
+        value.samples = [samples[name] for samples in calm + disturbed]
+        value.disturbed = len(disturbed)
     return times, absent
 
 

@@ -108,12 +108,18 @@ def test_the_roofs_are_measured_with_the_right_count(monkeypatch: pytest.MonkeyP
 def test_a_row_says_its_share_of_the_fma_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine("cpu", "device", "avx2", 1, "driver", {"float32": 100.0}, 10.0, fma_gflops=125.0)
     entry = Entry("cpu", lambda: lambda: None)
-    for dtype, share in ((torch.float32, 0.2), (torch.bfloat16, 0.0)):
-        contest = Contest("suite", "B2 N8", dtype, (entry,), (), {"cpu": 0.5}, flop=1e9, moved=2e8, items=2)
-        row = harness._row(contest, machine, entry, None, {"cpu": Times([0.04] * 5)})
-        # 25 of 125 GFLOP/s; 16-bit rows have other instructions, so no share.
+
+    def measure(entries: list[Entry], *_: object) -> tuple[dict[str, Times], dict[str, str]]:
+        # The clock was lower than when the roofs were measured.
+        return {one.name: Times([100.0] * 5 if one.gauge else [0.04] * 5) for one in entries}, {}
+
+    monkeypatch.setattr(harness.timers, "measure", measure)
+    for dtype, flop, share in ((torch.float32, 1e9, 0.25), (torch.bfloat16, 1e9, 0.0), (torch.float32, 0.0, 0.0)):
+        contest = Contest("suite", "B2 N8", dtype, (entry,), (), {"cpu": 0.5}, flop=flop, moved=2e8, items=2)
+        (row,) = harness.run(contest, machine, 5).rows
+        # 25 of 100 GFLOP/s; 16-bit rows have other instructions, so no share.
         assert row.fma_share == pytest.approx(share)
-        assert tables.fma(row) == ("20 %" if share else "–")
+        assert tables.fma(row) == ("25 %" if share else "–")
     assert "FMA in registers 0.125" in machine.describe()
     assert roofline.fma_rate("cuda") == 0.0
     monkeypatch.setattr(roofline, "FMA_SECONDS", 0.02)

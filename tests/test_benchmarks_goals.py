@@ -32,7 +32,7 @@ def row(goal: Goal, case: str, peer: str, ratio: float, **changes: Any) -> Row:
     columns |= {
         "suite": goal.suite, "case": case, "dtype": goal.dtype, "layout": goal.layout, "threads": 1, "samples": 15,
         "backend": "cpu", "peer": peer, "ratio": ratio, "sources": harness.source_hash("cpu"), "ours_gflops": 100.0,
-        "fma_gflops": 200.0,
+        "fma_gflops": 200.0, "disturbed": 0,
     }  # fmt: skip
     return Row(**columns | changes)
 

@@ -23,7 +23,7 @@ def row(goal: Goal, peer: str = "SDPA flash", **changes: Any) -> Row:
     columns |= {field.name: 1.0 for field in dataclasses.fields(Row) if field.type == "float"}
     columns |= {
         "suite": goal.suite, "case": goal.case, "dtype": "bfloat16", "layout": goal.layout, "threads": 0,
-        "backend": "cuda", "peer": peer, "sources": harness.source_hash("cuda"), "samples": 30, "device": "NVIDIA H200",
+        "backend": "cuda", "peer": peer, "sources": harness.source_hash("cuda"), "samples": 30, "disturbed": 0, "device": "NVIDIA H200",
     }  # fmt: skip
     return Row(**columns | changes)
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import harness, quiet, timers
+from benchmarks import goals, harness, quiet, report, runner, timers
 from benchmarks.roofline import Machine
 from benchmarks.timers import Entry
 
@@ -78,24 +82,75 @@ def test_rounds_that_others_ran_through_do_not_count(monkeypatch: pytest.MonkeyP
 
 
 def test_patience_ends_and_what_was_taken_then_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    times, calls = measured(monkeypatch, [True, False, False, False], 1e-6)
-    # The second round spends the patience; it is taken again, and from then on all count.
-    assert (len(times.samples), times.disturbed, calls) == (3, 2, 4)
+    times, calls = measured(monkeypatch, [False, False, False, False], 1e-6)
+    # The first round spends the patience; it is taken again, and from then on all count.
+    assert (len(times.samples), times.disturbed, calls) == (3, 3, 4)
     times, _ = measured(monkeypatch, [], 0.0)
     assert (len(times.samples), times.disturbed) == (3, 0)
 
 
-def test_a_case_that_was_disturbed_for_the_most_part_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = Machine("cpu", "a", "b", 1, "", {}, 1.0)
-    contest = harness.Contest(
-        "suite", "case", torch.float32, (Entry("cpu", lambda: lambda: None),), (Entry("peer", lambda: lambda: None),),
-        {"cpu": 0.5},
-    )  # fmt: skip
-    for disturbed, noted in ((5, False), (6, True)):
+def test_of_enough_quiet_rounds_the_others_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    times, calls = measured(monkeypatch, [True, False, False, False], 1e-6)
+    assert (len(times.samples), times.disturbed, calls) == (1, 0, 4)
+    monkeypatch.setattr(timers, "ENOUGH_QUIET", 0.5)
+    times, _ = measured(monkeypatch, [True, False, False, False], 1e-6)
+    assert (len(times.samples), times.disturbed) == (3, 2)
 
-        def measure(entries: list[Entry], *_: object, disturbed: int = disturbed) -> tuple[dict, dict]:
-            return {entry.name: timers.Times([1.0] * 10, disturbed=disturbed) for entry in entries}, {}
 
-        monkeypatch.setattr(timers, "measure", measure)
-        notes = harness.run(contest, machine, 10).notes
-        assert any("6 of 10 samples others used the processor" in note for note in notes) is noted
+def disturbed_runs(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, answers: list[int], **options: Any
+) -> list[tuple[int, float]]:
+    """Run a case once, and return what its rows then are: disturbed samples, and the number of the measurement."""
+    measurements = itertools.count(1)
+
+    def measure(entries: list[Entry], *_: object) -> tuple[dict[str, timers.Times], dict[str, str]]:
+        number, disturbed = next(measurements), answers.pop(0)
+        return {entry.name: timers.Times([float(number)] * 10, disturbed=disturbed) for entry in entries}, {}
+
+    monkeypatch.setattr(timers, "measure", measure)
+    words = "patch_embed forward bfloat16"
+    measured = runner.run(runner.Options(words=words, quick=True, threads=[1], out=folder / "a.csv", **options))
+    rows = harness.read(folder / "a.csv")
+    assert rows == measured.rows
+    return [(row.disturbed, row.ours_p50 / 1e3) for row in rows if row.peer == "Conv2d"]
+
+
+def test_disturbed_cases_are_come_back_to_and_the_calmest_measurement_stays(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    roofs = Machine("cpu", "a", "b", 1, "", {}, 1.0)
+    monkeypatch.setattr(runner.roofline, "measure", lambda *_, **__: roofs)
+    monkeypatch.setattr(harness, "is_fresh", lambda row, machine: True)
+    answers = [7, 5, 6]
+    assert disturbed_runs(monkeypatch, tmp_path, answers) == [(5, 2.0)]
+    assert not answers
+    # The next run repeats it as well, until it is calm, and then no more.
+    answers = [8, 0]
+    assert disturbed_runs(monkeypatch, tmp_path, answers) == [(0, 2.0)]
+    assert not answers
+    assert disturbed_runs(monkeypatch, tmp_path, []) == [(0, 2.0)]
+    # Measured again because it was asked for: the new one counts.
+    assert disturbed_runs(monkeypatch, tmp_path, [3, 0], again=True) == [(0, 2.0)]
+
+
+def test_goals_and_report_say_which_cases_were_disturbed() -> None:
+    rows = [
+        dataclasses.replace(row, disturbed=20 if row.case == goals.ATTENTION[0].case else 0)
+        for row in harness.read(report.evidence()[-1])
+    ]
+    line = next(line for line in goals.lines(rows) if line.goal.suite == "attention forward")
+    assert line.disturbed == 1
+    assert goals.cells(line)[-1].endswith(", 1 disturbed")
+    assert "| 20 of " in report._cases(rows)
+    calm = [dataclasses.replace(row, disturbed=0) for row in rows]
+    assert "disturbed" not in report._cases(calm)
+    assert goals.lines(calm)[0].disturbed == 0
+
+
+def test_a_gauge_is_read_in_each_round_and_not_timed() -> None:
+    readings = iter(range(100))
+    gauge = Entry("gauge", lambda: lambda: next(readings), gauge=True)
+    times, absent = timers.measure([Entry("a", lambda: lambda: torch.ones(3)), gauge], 5, "cpu")
+    assert not absent
+    assert sorted(times["gauge"].samples) == [timers.WARM_UPS + i for i in range(5)]
+    assert 0 < max(times["a"].samples) < 1
