@@ -121,6 +121,8 @@ def test_a_row_says_its_share_of_the_fma_rate(monkeypatch: pytest.MonkeyPatch) -
         assert row.fma_share == pytest.approx(share)
         assert tables.fma(row) == ("25 %" if share else "–")
     assert "FMA in registers 0.125" in machine.describe()
+    # What is read between the samples is a rate of this machine.
+    assert 1 < float(harness.FMA.build()()) < 640 * torch.get_num_threads()  # type: ignore[arg-type]
     assert roofline.fma_rate("cuda") == 0.0
     monkeypatch.setattr(roofline, "FMA_SECONDS", 0.02)
     assert harness.capability()
