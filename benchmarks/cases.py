@@ -284,8 +284,10 @@ OVERHEADS = ("eager call", "eager call, backward", "import", "first call")
 def overhead(device: str) -> Iterator[Work]:
     """Yield what is paid before any arithmetic: a tiny eager call, the import, the first call of a process."""
     for index, what in enumerate(OVERHEADS):
+        # Processes that load a CUDA context each, dozens of them, come when all else is done.
+        tier = 3 if device == "cuda" and what in OVERHEADS[2:] else int(index > 0)
         # In a dtype that every backend of the device takes: the CUDA kernels have no float32.
-        yield Work(f"overhead {what}", "B1 H1 N16 D64", DTYPES[device][0], int(index > 0), "overhead", what)
+        yield Work(f"overhead {what}", "B1 H1 N16 D64", DTYPES[device][0], tier, "overhead", what)
 
 
 SUITES = {"attention": attention, "patch_embed": patch_embed, "models": models, "overhead": overhead}
@@ -302,6 +304,16 @@ QUICK = {
     "cpu": ("B1 H12 N197 D64", "B64 H3 N49 D32", "B1 224² P16 D768"),
     "cuda": ("B256 H12 N197 D64", "B2048 H12 N49 D32", "B256 224² P16 D768", "vit_base_patch16_224 B256"),
 }
+
+
+def head_dim(work: Work) -> int | None:
+    """Return the head_dim of the attention in a work, None where there is none."""
+    if isinstance(work.details, AttentionShape):
+        return work.details.head_dim
+    if isinstance(work.details, ModelShape):
+        # timm's ViT-H has 16 heads.
+        return 80 if work.details.vit.width == 1280 else 64
+    return None
 
 
 def is_costly(work: Work, device: str) -> bool:

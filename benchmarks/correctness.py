@@ -36,11 +36,12 @@ DTYPES = (*HALVES, torch.float32)
 # The first case of a Triton kernel compiles it; a float64 truth of the longest sequence takes a second or two.
 CASE_SECONDS = 60.0
 CANNOT = "cannot run this call"
-Case = tuple[str, str, torch.dtype, Callable[[str, str], list[Comparison]]]
+# Op, the part of its kernels that the case is about ("D64"), name, dtype and check.
+Case = tuple[str, str, str, torch.dtype, Callable[[str, str], list[Comparison]]]
 
 
 def cases() -> list[Case]:
-    """Return op, name, dtype and check of every case, the dtypes in the order in which they matter on a GPU."""
+    """Return every case, the dtypes in the order in which they matter on a GPU."""
     listed: list[AttentionCase | PatchEmbedCase] = []
     for dtype in DTYPES:
         listed += device_cases.telling(dtype)
@@ -52,8 +53,13 @@ def cases() -> list[Case]:
 
 def _case(case: AttentionCase | PatchEmbedCase) -> Case:
     if isinstance(case, AttentionCase):
-        return "attention", str(case), case.dtype, partial(check_attention, case)
-    return "patch_embed", str(case), case.dtype, partial(check_patch_embed, case)
+        return "attention", part_of(case.head_dim), str(case), case.dtype, partial(check_attention, case)
+    return "patch_embed", "", str(case), case.dtype, partial(check_patch_embed, case)
+
+
+def part_of(head_dim: int) -> str:
+    """Return what the kernels of one head_dim are called."""
+    return f"D{head_dim}"
 
 
 def stamp(backend: str, device: str) -> dict[str, str]:
@@ -91,12 +97,12 @@ def work_off(backend: str, device: str, path: Path, seconds: float) -> None:
     begin, done, common = time.monotonic(), finished(path, backend, device), stamp(backend, device)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
-        for op, name, dtype, check in cases():
+        for op, part, name, dtype, check in cases():
             if name in done:
                 continue
             if time.monotonic() - begin > seconds:
                 return
-            entry = common | {"op": op, "case": name, "dtype": harness.short(dtype)}
+            entry = common | {"op": op, "part": part, "case": name, "dtype": harness.short(dtype)}
             _append(file, entry | {"state": "began"})
             try:
                 results = check(backend, device)
@@ -124,7 +130,7 @@ def run(
     """Work off the cases of a backend in processes, for at most ``seconds``; a case that takes CASE_SECONDS hangs.
 
     Returns:
-        The red kernels, as (backend, "attention forward", "bfloat16"), and the figures for the JSON.
+        The red kernels, as (backend, "attention forward D64", "bfloat16"), and the figures for the JSON.
     """
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:
@@ -154,7 +160,10 @@ def _bury(path: Path) -> None:
 
 
 def judge(entries: dict[str, dict[str, Any]], backend: str) -> tuple[set[tuple[str, str, str]], dict[str, Any]]:
-    """Return the red kernels and the figures of a backend's finished cases."""
+    """Return the red kernels and the figures of a backend's finished cases.
+
+    A miss or an error is about the kernels of its head_dim, a process that died in a case about all of the op.
+    """
     red: set[tuple[str, str, str]] = set()
     misses = []
     for name, entry in entries.items():
@@ -168,7 +177,8 @@ def judge(entries: dict[str, dict[str, Any]], backend: str) -> tuple[set[tuple[s
         else:
             directions = {"forward", "backward"}
             misses.append(f"{name}: {entry.get('error', 'the process died or was ended in this case')}")
-        red |= {(backend, f"{entry['op']} {direction}", entry["dtype"]) for direction in directions}
+        part = entry.get("part", "") if state in ("ran", "failed") else ""
+        red |= {(backend, f"{entry['op']} {direction} {part}".rstrip(), entry["dtype"]) for direction in directions}
     states = [entry["state"] for entry in entries.values()]
     total = len(cases())
     figures = {

@@ -44,7 +44,7 @@ class Quiet:
     def wait(self, patience: float) -> float:
         """Return once the machine is quiet, or after ``patience`` seconds; return the seconds that it took."""
         begin = time.perf_counter()
-        # Without a pause: after one of 2 ms a core's first products take up to three times as long, whoever else is there.
+        # Without a pause: after one of 2 ms the first products take up to three times as long, whoever else is there.
         while not self() and time.perf_counter() - begin < patience:
             pass
         return time.perf_counter() - begin

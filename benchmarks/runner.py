@@ -18,6 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks import (
     cases,
+    correctness,
+    gpu_goals,
     harness,
     leases,
     peers,
@@ -107,6 +109,9 @@ def run(options: Options, console: Console | None = None, facts: dict[str, Any] 
     report.ran = {work.label for work in works} & set(options.skip)
     report.notes = [f"{label}: {options.skip[label]}" for label in sorted(report.ran)]
     works = [work for work in works if work.label not in options.skip]
+    if options.device == "cuda":
+        # A lease may end before the first tier does.
+        works.sort(key=gpu_goals.rank)
     if not works:
         report.ended = "no case has this name"
         return report
@@ -122,6 +127,8 @@ def run(options: Options, console: Console | None = None, facts: dict[str, Any] 
             for machine in report.machines
             if not _is_done(work, machine, report, options)
         ]
+        # What could not be timed before, with these kernels, is tried again when all else is done.
+        todo.sort(key=lambda one: any(note.startswith(one[0].label + ": ") for note in report.earlier.notes))
         skipped = len(works) * len(report.machines) - len(todo)
         if skipped:
             console.print(f"{skipped} cases have fresh rows and are skipped (--again measures them anew)")
@@ -207,7 +214,8 @@ def is_red(backend: str, work: Work, red: set[tuple[str, str, str]]) -> bool:
     """Return whether a kernel that ``work`` would run has missed the rule on this device.
 
     ``red`` names a kernel as (backend, "attention forward" | "attention backward" | "patch_embed forward" |
-    "patch_embed backward", dtype); a backward pass needs the forward pass of its op, a model both ops.
+    "patch_embed backward", dtype), attention's also for one head_dim alone ("attention forward D64"). A backward pass
+    needs the forward pass of its op, a model both ops.
     """
     backward = "backward" in work.suite or "training" in work.suite
     ops = {"attention": ["attention"], "patch_embed": ["patch_embed"], "overhead": ["attention"]}.get(
@@ -215,7 +223,10 @@ def is_red(backend: str, work: Work, red: set[tuple[str, str, str]]) -> bool:
     )
     directions = ["forward", "backward"] if backward else ["forward"]
     dtype = harness.short(work.dtype)
-    return any((backend, f"{op} {direction}", dtype) in red for op in ops for direction in directions)
+    kernels = [f"{op} {direction}" for op in ops for direction in directions]
+    if (head_dim := cases.head_dim(work)) is not None:
+        kernels += [f"{kernel} {correctness.part_of(head_dim)}" for kernel in kernels]
+    return any((backend, kernel, dtype) in red for kernel in kernels)
 
 
 def _measure(

@@ -23,6 +23,11 @@ from benchmarks.timers import Call, Entry, first_line
 from fastvit.testing import compare
 
 
+def peer(mode: str) -> str:
+    """Return what the unswapped model is called in a row of this mode."""
+    return "timm" if mode == "eager" else f"timm {mode}"
+
+
 def contest(work: Work, device: str, backends: Sequence[str], costly: bool = False) -> Contest:
     """Return the contest of one model in one mode, like against like: swapped and not, both compiled, and so on."""
     shape: ModelShape = work.details
@@ -33,7 +38,6 @@ def contest(work: Work, device: str, backends: Sequence[str], costly: bool = Fal
     rules, absent = gate(model, shape, work.dtype, device, backends)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     factor = 3.0 if shape.training else 1.0
-    peer = "timm" if shape.mode == "eager" else f"timm {shape.mode}"
 
     def entry(name: str, backend: str | None, version: str) -> Entry:
         # "eager" is timed as the host launches it, and "compiled" too: a graph would hide what the mode is about.
@@ -50,7 +54,7 @@ def contest(work: Work, device: str, backends: Sequence[str], costly: bool = Fal
         work.case,
         work.dtype,
         tuple(entry(name, name, "") for name in rules),
-        (entry(peer, None, f"timm {installed('timm')}, torch {torch.__version__}"),),
+        (entry(peer(shape.mode), None, f"timm {installed('timm')}, torch {torch.__version__}"),),
         rules,
         flop=factor * formulas.vit_flop(shape.vit, shape.batch),
         moved=factor * formulas.vit_bytes(shape.vit, shape.batch, work.dtype.itemsize, parameters),

@@ -57,7 +57,7 @@ def test_an_error_of_triton_is_written_down_as_what_it_is(tmp_path: Path, monkey
     def check(backend: str, device: str) -> Any:
         raise OutOfResources("out of resource: shared memory")
 
-    listed = [("attention", name, torch.float32, check) for name in "ab"]
+    listed = [("attention", "D64", name, torch.float32, check) for name in "ab"]
     monkeypatch.setattr(correctness, "cases", lambda: listed)
     path = tmp_path / "c.jsonl"
     # The device is not lost by it, so that one process goes through all cases.
@@ -65,7 +65,7 @@ def test_an_error_of_triton_is_written_down_as_what_it_is(tmp_path: Path, monkey
     states = [json.loads(line)["state"] for line in path.read_text().splitlines()]
     assert states == ["began", "failed"] * 2
     red, figures = correctness.judge(correctness.finished(path, "cpu", "cpu"), "cpu")
-    assert red == {("cpu", "attention forward", "float32"), ("cpu", "attention backward", "float32")}
+    assert red == {("cpu", "attention forward D64", "float32"), ("cpu", "attention backward D64", "float32")}
     assert figures["misses"][0] == "a: OutOfResources: out of resource: shared memory"
     monkeypatch.setattr(timers, "is_lost", lambda device: True)
     with pytest.raises(SystemExit):

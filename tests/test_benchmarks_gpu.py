@@ -134,8 +134,8 @@ def few_cases() -> list[correctness.Case]:
     attention = AttentionCase(1, 1, 9, 9, 8, 8, torch.float32)
     patches = PatchEmbedCase(1, 3, (2, 2), (4, 4), 8)
     return [
-        ("attention", "a", torch.float32, lambda backend, device: check_attention(attention, backend, device)),
-        ("patch_embed", "b", torch.float32, lambda backend, device: check_patch_embed(patches, backend, device)),
+        ("attention", "D8", "a", torch.float32, lambda backend, device: check_attention(attention, backend, device)),
+        ("patch_embed", "", "b", torch.float32, lambda backend, device: check_patch_embed(patches, backend, device)),
     ]
 
 
@@ -212,6 +212,17 @@ def test_a_red_kernel_stops_its_own_speed_alone() -> None:
     assert not runner.is_red("cuda", work("attention backward", "attention", torch.float16), red)
     assert not runner.is_red("triton", work("attention backward", "attention"), red)
     assert not runner.is_red("cuda", work("model inference, eager", "models"), red)
+
+
+def test_a_miss_at_one_head_dim_is_about_its_kernels_alone() -> None:
+    ran = {"state": "ran", "ratios": {"output": 1.5}, "op": "attention", "dtype": "bfloat16", "part": "D104"}
+    red, _ = correctness.judge({"a": ran, "b": ran | {"part": "D80"}}, "cuda")
+    assert red == {("cuda", "attention forward D104", "bfloat16"), ("cuda", "attention forward D80", "bfloat16")}
+    stopped = [work.label for work in cases.select("cuda", last_tier=2) if runner.is_red("cuda", work, red)]
+    assert any("vit_huge" in label for label in stopped)
+    assert all(" D80 bfloat16" in label or "vit_huge" in label for label in stopped), stopped
+    died, _ = correctness.judge({"a": ran | {"state": "died"}}, "cuda")
+    assert runner.is_red("cuda", work("attention forward", "attention"), died)
 
 
 @pytest.fixture

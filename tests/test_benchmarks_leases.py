@@ -281,9 +281,11 @@ def test_everything_together_keeps_to_the_budget(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert gpu.main(["--out", str(tmp_path), "--budget", "480"]) == 0
     assert now[0] - 1000.0 <= 480.0 + 1e-6
-    assert spent["benchmarks.cuda_forms"] > 10
-    # Whatever comes before, most of what the build leaves is for speed.
+    # Whatever comes before, most of what the build leaves is for speed; the forms come where there is time for them.
     assert spent["benchmarks.gpu"] > 0.4 * (480 - spent["build"])
+    assert "benchmarks.cuda_forms" not in spent
+    assert gpu.main(["--out", str(tmp_path), "--budget", "900"]) == 0
+    assert spent["benchmarks.cuda_forms"] > gpu.FORMS_LEAST
 
 
 def test_a_correctness_case_in_which_the_time_is_up_comes_again(
