@@ -96,6 +96,10 @@ const std::vector<std::function<void()>> kKernels = {
       cp_async<16>(shared_memory() + 16, given, true);
       store_shared<uint32_t>(shared_memory() + 16, 0);
     },
+    // Nothing is read.
+    [] {
+      if (is_thread(5)) cp_async<16>(shared_memory() + 16, given + 1, false);
+    },
 };
 
 }  // namespace

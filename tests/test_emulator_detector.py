@@ -41,6 +41,7 @@ SAID = {
     ),
     "a copy that nobody has waited for": f"shared memory read while a cp.async is on its way to it at byte 16 {FIFTH}",
     "a write under a copy": f"shared memory written while a cp.async is on its way to it at byte 16 {FIFTH}",
+    "a copy of nothing, misaligned": f"misaligned source of an asynchronous copy of 16 bytes {FIFTH}",
 }
 
 

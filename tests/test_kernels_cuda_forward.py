@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 
 import fastvit
+from fastvit.kernels import cuda
 from fastvit.testing import AttentionCase, check_attention
 from tests.emulated import A100, H100, RTX, STREAMING, emulator, in_range, needs_emulator
 from tests.kernel_cases import DTYPES, HEAD_DIMS, families
@@ -216,6 +217,21 @@ def test_what_the_emulated_kernels_cannot_do_is_said(
     query = torch.randn(1, 1, 4, head_dim, dtype=dtype)
     with pytest.raises(RuntimeError, match=message):
         fastvit.attention(query, query, query, backend="cuda")
+
+
+def test_positions_end_at_thirty_two_bits(emulator: ModuleType) -> None:
+    query = torch.randn(1, 1, 1, 8, dtype=torch.float16)
+    key = query.expand(1, 1, 2**30 + 1, 8)
+    with pytest.raises(RuntimeError, match=r"seqlen 1073741825: at most 2\^30"):
+        fastvit.attention(query, key, key, backend="cuda")
+    key = query.expand(2**6, 2**6, 2**23, 8)
+    with pytest.raises(RuntimeError, match=r"batch · heads · seqlen / 16 is over 2\^30"):
+        fastvit.attention(query.expand(2**6, 2**6, 1, 8), key, key, backend="cuda")
+    key = query.expand(1, 1, 2**30 + 1, 8)
+    output, lse = torch.empty_like(query), torch.empty(1, 1, 1)
+    with pytest.raises(RuntimeError, match="count seqlen and batch · heads · seqlen / 16 to 2"):
+        cuda.attention_forward(query, key, key, None, output, lse, is_causal=False, scale=1.0)
+    assert not emulator.launches()
 
 
 @fuzz(100, shrink=False)

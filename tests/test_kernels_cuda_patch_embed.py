@@ -151,6 +151,13 @@ def test_channels(in_channels: int, layout: str, hold: Hold) -> None:
         hold(LABEL, check_patch_embed(case, "cuda"), case)
 
 
+def test_grey_pixels_have_a_channel_stride_that_means_nothing(hold: Hold) -> None:
+    """Sixteen pixels a patch leave half of a slice empty, and its addresses must be aligned all the same."""
+    images = normal(2, 8, 12, 1).permute(0, 3, 1, 2)
+    assert images.stride(1) == 1
+    hold(LABEL, compare_all(images, normal(24, 1, 4, 4), normal(24), normal(2, 6, 24)), "grey")
+
+
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 127, 128, 129, 257])
 def test_partial_tiles(tokens: int, hold: Hold) -> None:
     for multiprocessors in (1, 64):

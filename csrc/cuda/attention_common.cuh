@@ -32,11 +32,12 @@ void dispatch_head_dim(int64_t head_dim, Function function) {
 }
 
 // Work items and positions are counted in 32 bits, addresses in 64.
+constexpr int64_t kMostItems = 1 << 30;
+
 inline void check_sizes(const AttentionParams& p) {
-  constexpr int64_t kLargest = 1 << 30;
-  const int64_t tiles = ceil_div(std::max(p.seqlen_q, p.seqlen_k), 16);
-  if (p.batch * p.num_heads > kLargest / tiles) {
-    throw std::invalid_argument("query: the CUDA kernels count batch · heads · seqlen / 16 to 2^30");
+  const int64_t seqlen = std::max(p.seqlen_q, p.seqlen_k);
+  if (seqlen > kMostItems || p.batch * p.num_heads > kMostItems / ceil_div(seqlen, 16)) {
+    throw std::invalid_argument("query, key: the CUDA kernels count seqlen and batch · heads · seqlen / 16 to 2^30");
   }
 }
 
@@ -114,38 +115,55 @@ __device__ __forceinline__ void dispatch_bias(BiasType type, Function function) 
 }
 
 // Scores of kM × 16 queries against 8 kTiles keys (kTransposed: of keys against queries) to base 2, with the bias added
-// and forbidden pairs at −inf. The type of the bias is asked once for all of them. Scores beyond the sequences stay as
-// they are: none is used.
+// and forbidden pairs at −inf. The type of the bias is asked once for all of them. What is beyond the sequences reads
+// the bias of the last row or column, so that no lane branches: none of those scores is used.
 template <bool kTransposed, int kM, int kTiles>
 __device__ __forceinline__ void apply_bias(float (&scores)[kTiles][kM][4], const HeadIndex& at, int first_query,
                                            int first_key, const AttentionParams& p, float scale_log2) {
   const int lane = lane_index();
+  const int first_row = kTransposed ? first_key : first_query, first_column = kTransposed ? first_query : first_key;
+  const int last_row = int(kTransposed ? p.seqlen_k : p.seqlen_q) - 1;
+  const int last_column = int(kTransposed ? p.seqlen_q : p.seqlen_k) - 1;
+  const HeadIndex anew = at.anew();
   dispatch_bias(p.bias.type, [&](auto element) {
     using Element = decltype(element);
+    const int64_t row_stride = (kTransposed ? p.bias.key_stride : p.bias.query_stride) * Element::kBytes;
+    const int64_t column_stride = (kTransposed ? p.bias.query_stride : p.bias.key_stride) * Element::kBytes;
     const char* matrix = static_cast<const char*>(p.bias.data) +
-                         (at.batch * p.bias.batch_stride + at.head * p.bias.head_stride) * Element::kBytes;
+                         (anew.batch * p.bias.batch_stride + anew.head * p.bias.head_stride) * Element::kBytes;
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
+      const char* row_bias[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = 16 * m + 8 * half + lane / 4;
+        row_bias[half] = matrix + min(first_row + 16 * m + 8 * half + lane / 4, last_row) * row_stride;
+      }
 #pragma unroll
-        for (int j = 0; j < kTiles; ++j) {
+      for (int j = 0; j < kTiles; ++j) {
+        if (first_column + 8 * j > last_column) continue;
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const int column = 8 * j + 2 * (lane % 4) + i;
-            const int query = first_query + (kTransposed ? column : row);
-            const int key = first_key + (kTransposed ? row : column);
-            if (query >= p.seqlen_q || key >= p.seqlen_k) continue;
-            const char* bias = matrix + (query * p.bias.query_stride + key * p.bias.key_stride) * Element::kBytes;
+        for (int i = 0; i < 2; ++i) {
+          const int64_t offset = min(first_column + 8 * j + 2 * (lane % 4) + i, last_column) * column_stride;
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
             float& score = scores[j][m][2 * half + i];
-            score = score * scale_log2 + Element::load(bias);
-            if (p.is_causal && key > query) score = -infinity();
+            score = score * scale_log2 + Element::load(row_bias[half] + offset);
           }
         }
       }
     }
   });
+  if (!p.is_causal) return;
+  const int diagonal = first_row - first_column;
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+    for (int i = 0; i < kM * 4; ++i) {
+      const int row = diagonal + 16 * (i / 4) + 8 * (i % 4 / 2) + lane / 4, column = 8 * j + 2 * (lane % 4) + i % 2;
+      // Forbidden: a key after its query.
+      if (kTransposed ? row > column : column > row) scores[j][i / 4][i % 4] = -infinity();
+    }
+  }
 }
 
 }  // namespace fastvit::cuda

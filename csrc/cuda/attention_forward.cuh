@@ -105,7 +105,7 @@ __device__ __forceinline__ void attend(ForwardState<T, kDim, kM>& state, const R
       }
       maximum = row_maximum(maximum);
       // A row with nothing to attend to has no maximum; its exponentials are those of −inf.
-      const float origin = maximum == -infinity() ? 0.0f : maximum * factor;
+      const float origin = maximum == -infinity() ? 0.0f : multiply_rounded(maximum, factor);
       state.maximum[m][half] = maximum;
       float sum = 0.0f;
 #pragma unroll
@@ -121,7 +121,8 @@ __device__ __forceinline__ void attend(ForwardState<T, kDim, kM>& state, const R
       if (first_key == 0) {
         state.sum[m][half] = sum;
       } else {
-        const float rescale = exp2_approx(before * factor - origin);
+        // Exactly 1 where the maximum has not moved: an error of this factor would grow with every step.
+        const float rescale = exp2_approx(multiply_rounded(before, factor) - origin);
         state.sum[m][half] = state.sum[m][half] * rescale + sum;
 #pragma unroll
         for (int c = 0; c < Tile<kDim>::kChunks; ++c) {

@@ -133,9 +133,10 @@ __device__ __forceinline__ void attend_sm90(RowsSm90<kDim>& rows, uint32_t query
   for (int half = 0; half < 2; ++half) {
     maximum[half] = row_maximum(maximum[half]);
     // A row with nothing to attend to has no maximum; its exponentials are those of −inf.
-    origin[half] = maximum[half] == -infinity() ? 0.0f : maximum[half] * factor;
+    origin[half] = maximum[half] == -infinity() ? 0.0f : multiply_rounded(maximum[half], factor);
     if (!first_block) {
-      const float rescale = exp2_approx(rows.maximum[half] * factor - origin[half]);
+      // Exactly 1 where the maximum has not moved: an error of this factor would grow with every block.
+      const float rescale = exp2_approx(multiply_rounded(rows.maximum[half], factor) - origin[half]);
       rows.sum[half] *= rescale;
 #pragma unroll
       for (int i = 2 * half; i < kDim / 2; i += 4) rows.output[i] *= rescale, rows.output[i + 1] *= rescale;

@@ -25,15 +25,15 @@ std::string attention_forward_sm90_why_not(const AttentionParams& p) {
   if (!kHasCode) return "this build has no code for sm_90a";
   if (p.head_dim != p.head_dim_v || (p.head_dim != 64 && p.head_dim != 128)) return "accepted are head dims 64 and 128";
   if (p.is_causal || p.bias.type != BiasType::kNone) return "accepted is attention without bias, not causal";
-  // Scores of keys that do not exist are −inf before they are scaled.
-  if (!(p.scale > 0)) return "accepted are scales > 0";
+  // Scores of keys that do not exist are −inf before they are scaled, in float.
+  if (!(float(p.scale * double(kLog2E)) > 0)) return "accepted are scales > 0 in float32";
   const auto loads = [&](const View4& view, int64_t rows) { return has_tensor_map(view, p.batch, p.num_heads, rows); };
   if (!loads(p.query, p.seqlen_q) || !loads(p.key, p.seqlen_k) || !loads(p.value, p.seqlen_k) ||
       !is_vectorized(p.output, p.head_dim_v)) {
     return "accepted are tensors whose rows begin at multiples of 16 bytes, with no dimension expanded";
   }
   const int64_t tiles = ceil_div(std::max(p.seqlen_q, p.seqlen_k), kProductDepth);
-  if (p.batch * p.num_heads > (1 << 30) / tiles) return "batch · heads · seqlen / 16 is over 2^30";
+  if (p.batch * p.num_heads > kMostItems / tiles) return "batch · heads · seqlen / 16 is over 2^30";
   return "";
 }
 

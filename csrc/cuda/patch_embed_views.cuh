@@ -221,7 +221,8 @@ __device__ __forceinline__ void load_view(uint32_t begin, const View& view, int 
       for (int i = 0; i < W::kCount; ++i) {
         const int row = walk.row + i * W::kStep;
         const bool valid = has_column && row < view.rows;
-        cp_async<kWidth * kElementBytes>(walk.address(begin, i), source + view.row(row), valid);
+        // Not read, but aligned all the same.
+        cp_async<kWidth * kElementBytes>(walk.address(begin, i), valid ? source + view.row(row) : view.data(), valid);
       }
     } else {
       // cp.async cannot carry two bytes. Several loads are on their way before the first is stored.

@@ -211,6 +211,9 @@ __device__ __forceinline__ float exp2_approx(float x) {
 
 __device__ __forceinline__ float natural_log(float x) { return logf(x); }
 
+// A product that is rounded, and never fused with the sum that it goes into.
+__device__ __forceinline__ float multiply_rounded(float a, float b) { return __fmul_rn(a, b); }
+
 // Two floats rounded to T, the first in the low half.
 template <typename T>
 __device__ __forceinline__ uint32_t pack(float low, float high) {

@@ -307,6 +307,10 @@ void check_global(const void* pointer, uint32_t bytes, bool write) {
 void async_copy(uint32_t address, const void* pointer, uint32_t bytes, bool valid) {
   check_shared(address, bytes);
   if (valid) check_global(pointer, bytes, false);
+  // PTX asks that of a source of which nothing is read, too.
+  if (reinterpret_cast<uintptr_t>(pointer) % bytes) {
+    fail("misaligned source of an asynchronous copy of " + std::to_string(bytes) + " bytes");
+  }
   ++statistics().async_copies;
   for_each_cell(address, bytes, [&](Cell& cell) {
     check_write(cell, address);

@@ -105,6 +105,11 @@ inline float exp2_approx(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
 
 inline float natural_log(float x) { return std::log(x); }
 
+inline float multiply_rounded(float a, float b) {
+  const volatile float product = a * b;
+  return product;
+}
+
 struct ShuffleOperands {
   float value;
   int mask;

@@ -2,6 +2,9 @@
 
 For tests they also run on the CPU: with FASTVIT_EMULATE_CUDA=1 and a build with FASTVIT_BUILD_EMULATOR=1 this backend
 takes CPU tensors and runs the same sources in fastvit._emulator, thousands of times slower than a GPU.
+
+A bias is taken to base 2 before it is added, so that one below −2.3e38 means −inf: a row of nothing but
+``torch.finfo(torch.float32).min`` attends to nothing and is zero, where the other backends return the mean of V.
 """
 
 from __future__ import annotations
@@ -114,8 +117,10 @@ def attention_why_not(spec: AttentionSpec) -> list[str]:
         reasons.append(f"dtype {spec.dtype}: only float16 and bfloat16")
     if max(spec.head_dim, spec.head_dim_v) > MAX_HEAD_DIM:
         reasons.append(f"head_dim {max(spec.head_dim, spec.head_dim_v)}: at most {MAX_HEAD_DIM}")
-    tiles = -(-max(spec.seqlen_q, spec.seqlen_k) // 16)
-    if spec.batch * spec.num_heads * tiles > MAX_ITEMS:
+    seqlen = max(spec.seqlen_q, spec.seqlen_k)
+    if seqlen > MAX_ITEMS:
+        reasons.append(f"seqlen {seqlen}: at most 2^30")
+    elif spec.batch * spec.num_heads * -(-seqlen // 16) > MAX_ITEMS:
         reasons.append("batch · heads · seqlen / 16 is over 2^30")
     return reasons
 
