@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from fastvit.kernels import triton as kernels
 from fastvit.kernels.spec import AttentionSpec, PatchEmbedSpec
+from fastvit.kernels.triton import configs
 from fastvit.testing import assert_close
 
 triton = pytest.importorskip("triton")
@@ -205,9 +207,31 @@ def test_sharp_logits(dtype: torch.dtype) -> None:
     check(arguments)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [-0.7, 0.0, 1e-36, 3.0])
-def test_any_scale(scale: float) -> None:
-    check(arguments_for(50, 70, 16, 16, torch.float32, batch=1, scale=scale))
+def test_any_scale(scale: float, dtype: torch.dtype) -> None:
+    check(arguments_for(50, 70, 16, 16, dtype, batch=1, scale=scale))
+    # PyTorch's own causal attention is NaN at a scale of 0 or less; a mask of bools says the same.
+    causal = kernel_results(arguments_for(50, 70, 16, 16, dtype, batch=1, scale=scale, is_causal=True))
+    earlier = torch.ones(50, 70, dtype=torch.bool).tril()
+    masked = kernel_results(arguments_for(50, 70, 16, 16, dtype, batch=1, scale=scale, bias=earlier))
+    torch.testing.assert_close(causal, masked)
+
+
+def test_float32_products_follow_whatever_sets_the_precision() -> None:
+    tensor, matmul = SimpleNamespace(dtype=torch.float32, is_cuda=True), torch.backends.cuda.matmul
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision, expected in (("high", "tf32"), ("highest", "ieee")):
+            torch.set_float32_matmul_precision(precision)
+            assert configs.dot_precision(tensor) == expected
+        # Reading allow_tf32 raises behind this.
+        for expected in ("tf32", "ieee"):
+            matmul.fp32_precision = expected
+            assert configs.dot_precision(tensor) == expected
+    finally:
+        matmul.fp32_precision = "none"
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

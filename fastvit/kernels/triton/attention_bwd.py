@@ -361,7 +361,7 @@ def _launch_grad_key_value(
         grad_key.stride()[:3], grad_value.stride()[:3], num_heads, seqlen_q, seqlen_k, scale,
         head_dim, head_dim_v, block_d, block_dv, config.block_n, config.block_m,
         configs.tail_block(seqlen_q, config.block_m), configs.head_dim_slice(query), bias_kind, is_causal,
-        configs.folds(query, bias), configs.dot_precision(query), delta_kind,
+        configs.folds(query, bias, scale), configs.dot_precision(query), delta_kind,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
@@ -382,6 +382,6 @@ def _launch_grad_query(
         grad_query.stride()[:3], num_heads, seqlen_q, seqlen_k, scale,
         head_dim, head_dim_v, block_d, block_dv, config.block_m, config.block_n,
         config.block_n if is_causal else configs.tail_block(seqlen_k, config.block_n), configs.head_dim_slice(query),
-        bias_kind, is_causal, configs.folds(query, bias), configs.dot_precision(query), delta_kind,
+        bias_kind, is_causal, configs.folds(query, bias, scale), configs.dot_precision(query), delta_kind,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -224,7 +224,6 @@ def attention_forward(
             head_dim, head_dim_v, block_d, block_dv, config.block_m, config.block_n,
             config.block_n if is_causal else configs.tail_block(seqlen_k, config.block_n),
             configs.head_dim_slice(query), bias_kind, is_causal,
-            # The maximum may be scaled after it is taken only where scaling keeps the order of the scores.
-            configs.folds(query, bias) and scale > configs.SMALLEST_SCALE, configs.dot_precision(query),
+            configs.folds(query, bias, scale), configs.dot_precision(query),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip

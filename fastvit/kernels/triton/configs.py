@@ -217,13 +217,17 @@ def device_family(device: torch.device) -> str:
 
 def dot_precision(tensor: Tensor) -> str:
     """Return how float32 products are formed: in full, unless the user has set torch's matmul precision to tf32."""
-    tf32 = tensor.dtype == torch.float32 and tensor.is_cuda and torch.version.hip is None
-    return "tf32" if tf32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    may = tensor.dtype == torch.float32 and tensor.is_cuda and torch.version.hip is None
+    # Not allow_tf32, which raises where the user has set fp32_precision; this one follows whatever the user sets.
+    return "tf32" if may and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def folds(query: Tensor, bias: Tensor | None) -> bool:
-    """Return whether scale and log2 e may be folded into one product: nothing is added between, and 16 bits suffice."""
-    return bias is None and query.element_size() == 2
+def folds(query: Tensor, bias: Tensor | None, scale: float) -> bool:
+    """Return whether scale and log2 e may be folded into one product, behind the maximum and behind −inf.
+
+    Nothing is added between, 16 bits suffice, and scaling keeps the order of the scores and −inf what it is.
+    """
+    return bias is None and query.element_size() == 2 and scale > SMALLEST_SCALE
 
 
 def head_dim_slice(query: Tensor) -> int:
