@@ -72,7 +72,7 @@ def attention_cases(
         is_causal=draw(st.sampled_from((False, False, True))),
         scale=draw(st.one_of(st.none(), st.floats(0.01, 0.5))),
         sharpness=draw(st.sampled_from((1.0, 4.0))),
-        layout=draw(st.sampled_from(("packed", "bnhd", "bhnd"))),
+        layout=draw(st.sampled_from(("packed", "packed", "bnhd", "bnhd", "bhnd", "bhdn"))),
         seed=draw(st.integers(0, 2**16)),
     )
 

@@ -96,6 +96,27 @@ def test_any_strides_give_the_same_bits(backend: str) -> None:
     assert torch.equal(shared, fastvit.attention(query, one_key.contiguous(), value, backend=backend))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_any_strides_have_the_same_bits(backend: str) -> None:
+    tensors, grad = qkv(seqlen=33, dim=24), torch.randn(2, 3, 33, 24)
+    orders = ((0, 1, 2, 3), (0, 2, 1, 3), (0, 1, 3, 2), (3, 2, 1, 0))
+    results = []
+    for order in orders:
+        back = [order.index(dim) for dim in range(4)]
+        leaves = [tensor.permute(order).contiguous().permute(back).requires_grad_() for tensor in tensors]
+        fastvit.attention(*leaves, backend=backend).backward(grad)
+        results.append([leaf.grad for leaf in leaves])
+    for order, grads in zip(orders, results, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(grads, results[0], strict=True)), order
+    # Two dimensions of stride 1: empty_like may order them either way.
+    steps = [torch.randn(2, 3, 9 + 24).unfold(2, 24, 1).requires_grad_() for _ in range(3)]
+    assert steps[0].stride()[2:] == (1, 1)
+    plain = [step.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for step in steps]
+    for leaves in (steps, plain):
+        fastvit.attention(*leaves, backend=backend).backward(grad[:, :, :10])
+    assert all(torch.equal(step.grad, leaf.grad) for step, leaf in zip(steps, plain, strict=True))
+
+
 @pytest.mark.parametrize(
     "shape", [(2, 3, 33, 33), (1, 1, 33, 33), (2, 1, 1, 33), (1, 3, 33, 1), (1, 1, 1, 1), (33, 33)]
 )

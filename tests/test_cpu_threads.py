@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -223,3 +224,27 @@ def test_partial_sums_are_bounded_by_the_threads() -> None:
     _, backward, _, part = _C.attention_scratch(LONG, LONG, 64, 64)
     assert backward < row["held"][1] <= backward + 8 * count * part
     assert row["backward"] <= count * backward + 8 * count * part + 5 * 2 * LONG * 64 * 4 + 2 * SLACK
+
+
+def test_heads_in_leaves_whose_sums_would_take_too_much_come_in_turns() -> None:
+    lengths, heads, limit = (512, 16384), 7, 256 << 20
+    _, backward, leaves, part = _C.attention_scratch(*lengths, 64, 64)
+    assert leaves * part < limit < heads * leaves * part / 1.5
+    sizes = (lengths[0], lengths[1], lengths[1])
+    tensors = [torch.randn(1, heads, n, 64, requires_grad=True) for n in sizes]
+    grad, results, held = torch.randn(1, heads, lengths[0], 64), [], []
+
+    def run() -> None:
+        output = fastvit.attention(*tensors, backend="cpu")
+        results.append(torch.autograd.grad(output, tensors, grad))
+        held.append(_C.held_scratch())
+
+    for count in (1, 8):
+        with threads(count):
+            # Scratch is a thread's own.
+            worker = threading.Thread(target=run)
+            worker.start()
+            worker.join()
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    assert held[0] == backward
+    assert backward < held[1] <= backward + limit

@@ -293,6 +293,20 @@ def test_patch_embed_accepts_the_sizes_that_timms_accepts(options: dict, sizes: 
         torch.testing.assert_close(ours(images), expected)
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_set_input_size_does_not_depend_on_the_default_dtype(default: torch.dtype) -> None:
+    expected, module = PatchEmbed(32, 8, embed_dim=24), PatchEmbed(32, 8, embed_dim=24)
+    module.load_state_dict(expected.state_dict())
+    expected.set_input_size(patch_size=4)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        module.set_input_size(patch_size=4)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(module.proj.weight, expected.proj.weight)
+
+
 def test_set_input_size_is_timms() -> None:
     theirs, ours = sharpened(layers.PatchEmbed(32, 8, embed_dim=24)), PatchEmbed(32, 8, embed_dim=24)
     ours.load_state_dict(theirs.state_dict())

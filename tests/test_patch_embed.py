@@ -14,6 +14,8 @@ from torch import Tensor
 import fastvit
 from fastvit.testing import PatchEmbedCase, check_patch_embed, vit_patch_embed_cases
 
+from .test_attention import run_in
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("cpu", "reference")
 
@@ -27,6 +29,30 @@ def conv(images: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def test_vit_shapes_hold_the_rule(hold: Callable, backend: str, dtype: torch.dtype) -> None:
     for case in vit_patch_embed_cases([dtype]):
         hold(f"patch_embed, {backend}, ViT shapes", check_patch_embed(case, backend), case)
+
+
+@pytest.mark.parametrize("capability", ["avx512_bf16", "amx"])
+def test_pairs_of_bfloat16_are_not_taken_for_numbers(capability: str) -> None:
+    """A weight beside a zero is a subnormal float; one beside an infinity is no number."""
+    run_in(
+        capability,
+        "import fastvit\n"
+        "torch.set_num_threads(1)\n"
+        "torch.set_flush_denormal(True)\n"
+        "images = torch.ones(1, 1, 16, 16, dtype=torch.bfloat16)\n"
+        "for tokens in (1, 40):\n"
+        "    weight = torch.ones(32, 1, 16, 16, dtype=torch.bfloat16)\n"
+        "    weight[..., 1::2] = 0\n"
+        "    given = images.expand(tokens, 1, 16, 16)\n"
+        "    assert (fastvit.patch_embed(given, weight) == 128).all()\n"
+        "    weight[3, 0, 0, 1] = torch.inf\n"
+        "    result = fastvit.patch_embed(given, weight)\n"
+        "    assert (result[..., 3] == torch.inf).all(), result[..., 3]\n"
+        "    assert (result[..., :3] == 128).all()\n"
+        "    images[..., 1::2], weight[:] = 0, 1\n"
+        "    assert (fastvit.patch_embed(given, weight) == 128).all()\n"
+        "    images[:] = 1\n",
+    )
 
 
 @pytest.mark.parametrize("patch", [(1, 1), (4, 4), (8, 8), (14, 14), (16, 16), (32, 32), (14, 16), (3, 5), (1, 7)])

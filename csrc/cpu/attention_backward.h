@@ -264,7 +264,7 @@ class AttentionBackward {
     const int64_t padded = round_up(columns, L);
     fetch_rows(source, view.row_stride, block.count, columns);
     load_rows(source, view.row_stride, block.count, columns, factor, rows, padded);
-    load_transposed(rows, padded, block.count, block.count, columns, T(1), lanes, W);
+    load_transposed(rows, padded, block.count, block.count, columns, Unscaled(), lanes, W);
   }
 
   // P = exponential · inverse, dS = P · (dP - delta + shift), one row per lane.

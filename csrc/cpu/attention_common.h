@@ -121,9 +121,9 @@ void add_bias_in_squares(const In* source, int64_t query_stride, int64_t queries
       const auto row = [&](int64_t i) { return source + (query + i) * query_stride + key; };
       const int64_t columns = min64(keys - key, L);
       if (queries - query >= L && columns == L) {
-        load_square<true, In>(row, L, L, T(1), square, L);
+        load_square<true, In>(row, L, L, Unscaled(), square, L);
       } else {
-        load_square<false, In>(row, queries - query, columns, T(1), square, L);
+        load_square<false, In>(row, queries - query, columns, Unscaled(), square, L);
       }
       for (int64_t j = 0; j < columns; ++j) {
         T* score = scores + (key + j) * kPanel<T> + query;

@@ -12,7 +12,7 @@ namespace fastvit::cpu {
 // Keys per task of attention_backward_reduce.
 constexpr int64_t kReduceKeys = 64;
 
-// Heads from `first_head` to the last, each cut into its leaves.
+// Heads from `first_head` on, each cut into its leaves.
 struct AttentionSplit {
   int64_t first_head = 0;
   void* partials = nullptr;  // partial_bytes for each leaf of these heads, aligned to 64 bytes

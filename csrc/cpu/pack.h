@@ -108,10 +108,18 @@ inline void row_product(const PackedMatrix<T>& b, int64_t rows, int64_t first_k,
   });
 }
 
+// A factor that is no arithmetic: what is moved may be no number, such as two bfloat16 side by side in a float.
+struct Unscaled {
+  template <class V>
+  friend V operator*(V value, Unscaled) {
+    return value;
+  }
+};
+
 // target[c][r] = factor · row(r)[c], widened, for one vector of rows and one of columns: rows and columns beyond the
 // given ones are zero, and columns beyond them are not written.
-template <bool Full, class In, class F>
-[[gnu::always_inline]] inline void load_square(const F& row, int64_t rows, int64_t columns, Compute<In> factor,
+template <bool Full, class In, class F, class Factor>
+[[gnu::always_inline]] inline void load_square(const F& row, int64_t rows, int64_t columns, Factor factor,
                                                Compute<In>* target, int64_t target_stride) {
   using T = Compute<In>;
   constexpr int L = kLanes<T>;
@@ -129,9 +137,9 @@ template <bool Full, class In, class F>
 
 // target[c][r] = factor · source[r][c] for rows [0, rows), widened. Whole vectors are written: beyond the rows, the
 // next ones as far as `readable` of them may be read, then zeros.
-template <class In>
+template <class In, class Factor>
 inline void load_transposed(const In* source, int64_t stride, int64_t rows, int64_t readable, int64_t columns,
-                            Compute<In> factor, Compute<In>* target, int64_t target_stride) {
+                            Factor factor, Compute<In>* target, int64_t target_stride) {
   constexpr int L = kLanes<Compute<In>>;
   for (int64_t c = 0; c < columns; c += L) {
     for (int64_t r = 0; r < rows; r += L) {
@@ -186,7 +194,7 @@ inline void pack_rows(const In* source, int64_t stride, const PackedMatrix<Compu
   int64_t fetched = 0;
   for_each_tile(target.rows, [&](int64_t first, int64_t rows, int64_t tile) {
     for (; fetched < first + rows; ++fetched) fetch_next(fetched, source, stride, target.rows, target.depth);
-    load_transposed(source + first * stride, stride, rows, target.rows - first, target.depth, Compute<In>(1),
+    load_transposed(source + first * stride, stride, rows, target.rows - first, target.depth, Unscaled(),
                     target.tile(tile), kTileStride<Compute<In>>);
   });
 }

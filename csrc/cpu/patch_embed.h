@@ -203,7 +203,7 @@ class PatchEmbed {
           }
         }
         gather(first + from, length, 0, size_, reinterpret_cast<Element*>(gathered), padded * kPerUnit);
-        load_transposed(gathered, padded, length, length, units, T(1), packed.tile(tile), kTileStride<T>);
+        load_transposed(gathered, padded, length, length, units, Unscaled(), packed.tile(tile), kTileStride<T>);
       });
       for (int64_t d = 0; d < num_rows; d += W) {
         const int64_t lanes = min64(W, num_rows - d);
@@ -227,10 +227,10 @@ class PatchEmbed {
       const In* source = weight_ + (first + d) * size_;
       const int64_t rows = min64(L, count - d);
       if constexpr (__is_same(Element, T)) {
-        load_transposed(source, size_, rows, count - d, units, T(1), panel, W);
+        load_transposed(source, size_, rows, count - d, units, Unscaled(), panel, W);
       } else {
         for (int64_t i = 0; i < rows; ++i) __builtin_memcpy(pairs + i * padded, source + i * size_, size_t(units) * 4);
-        load_transposed(pairs, padded, rows, rows, units, T(1), panel, W);
+        load_transposed(pairs, padded, rows, rows, units, Unscaled(), panel, W);
       }
     }
   }
@@ -328,7 +328,7 @@ class PatchEmbed {
     for_each_run(0, size_, [&](int64_t pixel, int64_t offset, int64_t run) {
       for (int64_t c = 0; c < run; c += L) {
         for (int64_t r = 0; r < count; r += L) {
-          load_square<false, In>([&](int64_t t) { return corners[r + t] + pixel + c; }, count - r, run - c, T(1),
+          load_square<false, In>([&](int64_t t) { return corners[r + t] + pixel + c; }, count - r, run - c, Unscaled(),
                                  target + (offset + c) * target_stride + r, target_stride);
         }
       }

@@ -74,10 +74,12 @@ Outputs attention(const Tensor& query, const Tensor& key, const Tensor& value, c
 }
 
 Outputs attention_qkvpacked(const Tensor& qkv, const std::optional<Tensor>& bias, bool is_causal, double scale) {
-  const Operand query = Operand::unpacked(qkv, 0, "query");
-  if (!query.rows_contiguous()) return attention_qkvpacked(torch::stable::contiguous(qkv), bias, is_causal, scale);
-  return attend(query, Operand::unpacked(qkv, 1, "key"), Operand::unpacked(qkv, 2, "value"), bias, is_causal, scale,
-                true);
+  const auto unpacked = [&](const Tensor& given) {
+    return attend(Operand::unpacked(given, 0, "query"), Operand::unpacked(given, 1, "key"),
+                  Operand::unpacked(given, 2, "value"), bias, is_causal, scale, true);
+  };
+  const bool readable = Operand::unpacked(qkv, 0, "query").rows_contiguous();
+  return unpacked(readable ? qkv : torch::stable::contiguous(qkv));
 }
 
 }  // namespace

@@ -305,7 +305,7 @@ def _resampled(proj: nn.Conv2d, patch_size: tuple[int, int]) -> nn.Conv2d:
     ).train(proj.training)
     old_size = tuple(weight.shape[2:])
     pixels = math.prod(old_size)
-    basis = torch.eye(pixels, device=weight.device).reshape(pixels, 1, *old_size)
+    basis = torch.eye(pixels, dtype=torch.float32, device=weight.device).reshape(pixels, 1, *old_size)
     resize = F.interpolate(basis, size=patch_size, mode="bicubic", antialias=True, align_corners=False)
     inverse = torch.linalg.pinv(resize.reshape(pixels, -1))  # [new pixels, old pixels]
     flat = weight.flatten(2).float() @ inverse.T

@@ -14,7 +14,7 @@ from fastvit.ops.autocast import register_autocast
 from fastvit.ops.autograd import register_autograd
 from fastvit.ops.backends import requested_backend, runs_natively, select
 from fastvit.ops.batching import register_batching
-from fastvit.ops.checks import rows_contiguous
+from fastvit.ops.checks import has_contiguous_rows, rows_contiguous
 
 _LIBRARY = torch.library.Library("fastvit", "FRAGMENT")
 _LIBRARY.define(
@@ -51,6 +51,16 @@ def _allocate_outputs_packed(qkv: Tensor) -> tuple[Tensor, Tensor]:
     query, _, _ = _unpack(qkv)
     output, lse = _allocate_outputs(query, query.shape[3])
     return output.transpose(1, 2), lse
+
+
+def _allocate_grads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _allocate_grad(query), _allocate_grad(key), _allocate_grad(value)
+
+
+def _allocate_grad(tensor: Tensor) -> Tensor:
+    # In the tensor's own layout, unless kernels would not take that: of a transposed or an overlapping tensor.
+    grad = torch.empty_like(tensor)
+    return grad if has_contiguous_rows(grad) else torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 def _unpack(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,7 +180,7 @@ def _attention_backward(
     scale: float,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
+    grads = _allocate_grads(query, key, value)
     _run_backward(grad_output, grad_lse, query, key, value, bias, output, lse, grads, is_causal, scale, backend)
     return grads
 
@@ -219,7 +229,7 @@ def _attention_qkvpacked_fake(qkv: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 def _attention_backward_fake(
     grad_output: Tensor | None, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    return _allocate_grads(query, key, value)
 
 
 @torch.library.register_fake("fastvit::attention_qkvpacked_backward", lib=_LIBRARY)

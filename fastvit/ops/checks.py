@@ -92,6 +92,11 @@ def check_pair(name: str, value: object, least: int) -> tuple[int, int]:
     return pair[0], pair[1]
 
 
+def has_contiguous_rows(tensor: Tensor) -> bool:
+    """Return whether the last dimension is contiguous: the one layout that kernels ask for."""
+    return tensor.stride(-1) == 1 or tensor.shape[-1] == 1
+
+
 def rows_contiguous(tensor: Tensor) -> Tensor:
-    """Return ``tensor``, copied if its last dimension is not contiguous: the one layout that kernels ask for."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+    """Return ``tensor``, copied if its last dimension is not contiguous."""
+    return tensor if has_contiguous_rows(tensor) else tensor.contiguous()

@@ -23,7 +23,8 @@ class AttentionCase:
 
     ``bias`` is None, "bool", "additive" (query's dtype) or "float32"; ``bias_shape`` has four sizes, 1 where it
     broadcasts. ``sharpness`` multiplies the queries, so that a wrong scale shows. ``layout`` is how query, key and
-    value lie in memory: "packed" views of [B, N, 3, H, D] (needs equal lengths and head dims), "bnhd" or "bhnd".
+    value lie in memory: "packed" views of [B, N, 3, H, D] (needs equal lengths and head dims), "bnhd", "bhnd" or
+    "bhdn".
     """
 
     batch: int = 2
@@ -55,9 +56,8 @@ class AttentionCase:
             query, key, value = packed.to(device, self.dtype).permute(2, 0, 3, 1, 4).unbind(0)
         else:
             sizes = ((length, dim), (self.seqlen_k, dim), (self.seqlen_k, self.head_dim_v))
-            flip = self.layout != "bhnd"
             query, key, value = (
-                self._place(normal(batch, heads, n, d) * (self.sharpness if i == 0 else 1.0), flip, device)
+                self._place(normal(batch, heads, n, d) * (self.sharpness if i == 0 else 1.0), device)
                 for i, (n, d) in enumerate(sizes)
             )
         return {
@@ -71,9 +71,9 @@ class AttentionCase:
             ),
         }
 
-    def _place(self, tensor: Tensor, flip: bool, device: str | torch.device) -> Tensor:
-        tensor = tensor.to(device, self.dtype)
-        return tensor.transpose(1, 2).contiguous().transpose(1, 2) if flip else tensor
+    def _place(self, tensor: Tensor, device: str | torch.device) -> Tensor:
+        first, second = {"bhnd": (0, 0), "bhdn": (2, 3)}.get(self.layout, (1, 2))
+        return tensor.to(device, self.dtype).transpose(first, second).contiguous().transpose(first, second)
 
     def _bias(self, normal: Callable[..., Tensor], device: str | torch.device) -> Tensor | None:
         if self.bias is None:
