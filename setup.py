@@ -130,9 +130,9 @@ def cxx_rule(ninja: Writer, compiler: str, options: str) -> None:
 
 
 def compile_all(ninja: Writer, rule: str, patterns: list[str], more: str = "") -> list[str]:
-    """Describe one object per source that matches; return the objects."""
+    """Describe one object per source that matches, in the order of the patterns; return the objects."""
     objects = []
-    for source in sorted(path for pattern in patterns for path in ROOT.glob(f"csrc/{pattern}")):
+    for source in dict.fromkeys(path for pattern in patterns for path in sorted(ROOT.glob(f"csrc/{pattern}"))):
         objects.append(f"{source.parent.name}_{source.stem}.o")
         ninja.build([objects[-1]], rule, [str(source)], variables={"more": more})
     return objects
@@ -146,18 +146,21 @@ def native(ninja: Writer, compiler: str) -> tuple[list[str], str]:
     defines += f" -DFASTVIT_CUDA_COMPILER='\"{nvcc_version(nvcc) if nvcc else ''}\"'"
     defines += "".join(f" -DFASTVIT_BUILT_{name.upper()}" for name in INSTRUCTION_SETS)
     cxx_rule(ninja, compiler, f"-O3 {defines}")
-    objects = compile_all(ninja, "cxx", ["*.cpp", "ops/*_cpu.cpp", "cpu/capability.cpp", "cpu/scratch.cpp"])
+    objects: list[str] = []
+    if nvcc is not None:
+        gencode = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in architectures)
+        command = f"{nvcc} -std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden {gencode} -MD -MF $out.d -c $in -o $out"
+        ninja.rule("nvcc", command, depfile="$out.d", deps="gcc")
+        # What takes longest begins first: ninja takes them in this order.
+        objects += compile_all(ninja, "nvcc", ["cuda/attention_forward_*.cu", "cuda/*.cu"])
+        objects += compile_all(ninja, "cxx", ["ops/*_cuda.cpp"], "-DUSE_CUDA")
+    objects += compile_all(ninja, "cxx", ["*.cpp", "ops/*_cpu.cpp", "cpu/capability.cpp", "cpu/scratch.cpp"])
     for name, options in INSTRUCTION_SETS.items():
         more = {"more": f"-DFASTVIT_CAPABILITY={name} {options}"}
         objects.append(f"kernels_{name}.o")
         ninja.build([objects[-1]], "cxx", [str(ROOT / "csrc/cpu/kernels.cpp")], variables=more)
     if nvcc is None:
         return objects, ""
-    objects += compile_all(ninja, "cxx", ["ops/*_cuda.cpp"], "-DUSE_CUDA")
-    gencode = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in architectures)
-    command = f"{nvcc} -std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden {gencode} -MD -MF $out.d -c $in -o $out"
-    ninja.rule("nvcc", command, depfile="$out.d", deps="gcc")
-    objects += compile_all(ninja, "nvcc", ["cuda/*.cu"])
     # Statically: a wheel must not depend on which CUDA runtime torch came with.
     return objects, f"-ltorch_cuda -L{cuda_root(nvcc)}/lib64 -lcudart_static -ldl -lrt -lpthread"
 
