@@ -51,7 +51,7 @@ INTERRUPTED = "interrupted"
 LOST = "the device is lost to this process"
 REPEATS = {"cpu": 24, "cuda": 30}
 # How often a run comes back to the cases that others disturbed.
-RETURNS = 2
+RETURNS = 1
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
