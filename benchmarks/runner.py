@@ -127,8 +127,10 @@ def run(options: Options, console: Console | None = None, facts: dict[str, Any] 
             for machine in report.machines
             if not _is_done(work, machine, report, options)
         ]
-        # What could not be timed before, with these kernels, is tried again when all else is done.
-        todo.sort(key=lambda one: any(note.startswith(one[0].label + ": ") for note in report.earlier.notes))
+        # What a backend could not do before, with these kernels, is tried again when all else is done.
+        todo.sort(
+            key=lambda one: _has_failed(one[0], report.earlier.notes, options.backends or BACKENDS[options.device])
+        )
         skipped = len(works) * len(report.machines) - len(todo)
         if skipped:
             console.print(f"{skipped} cases have fresh rows and are skipped (--again measures them anew)")
@@ -208,6 +210,11 @@ def _cannot(work: Work, backends: set[str], device: str) -> set[str]:
         work.dtype if shape.bias else None, False, torch.device(device),
     )  # fmt: skip
     return {name for name in backends if TABLE[name].why_not(spec)}
+
+
+def _has_failed(work: Work, notes: Sequence[str], backends: Sequence[str]) -> bool:
+    """Return whether one of our backends has left a line instead of a row; that a peer has is no matter."""
+    return any(note.startswith(f"{work.label}: {name}: ") for note in notes for name in backends)
 
 
 def is_red(backend: str, work: Work, red: set[tuple[str, str, str]]) -> bool:

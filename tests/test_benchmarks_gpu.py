@@ -214,6 +214,13 @@ def test_a_red_kernel_stops_its_own_speed_alone() -> None:
     assert not runner.is_red("cuda", work("model inference, eager", "models"), red)
 
 
+def test_what_a_backend_could_not_do_comes_last_and_not_what_a_peer_could_not() -> None:
+    first, *_ = cases.select("cuda", words="attention forward")
+    for name, last in (("triton", True), ("cuda", True), ("FlexAttention", False), ("SDPA flash", False)):
+        notes = ["another case: cuda: out of memory", f"{first.label}: {name}: out of memory"]
+        assert runner._has_failed(first, notes, runner.BACKENDS["cuda"]) is last
+
+
 def test_a_miss_at_one_head_dim_is_about_its_kernels_alone() -> None:
     ran = {"state": "ran", "ratios": {"output": 1.5}, "op": "attention", "dtype": "bfloat16", "part": "D104"}
     red, _ = correctness.judge({"a": ran, "b": ran | {"part": "D80"}}, "cuda")
