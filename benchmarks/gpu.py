@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks import cases, correctness, gpu_goals, harness, processes, roofline, runner
+from benchmarks import cases, correctness, gpu_goals, harness, leases, processes, roofline, runner
 from benchmarks.leases import Known
 from benchmarks.processes import STUCK, TOO_LONG, logged
 
@@ -200,8 +200,7 @@ def child(options: argparse.Namespace) -> int:
 
 def show_goals(options: argparse.Namespace, log: Path) -> None:
     """Print the goals and how far the rows are from them, whatever has ended the suites."""
-    slug = harness.device_slug(options.device, roofline.device_name(options.device))
-    paths = sorted(options.out.glob(f"{slug}-????-??-??.csv"))
+    paths = leases.files(options.out, harness.device_slug(options.device, roofline.device_name(options.device)))
     text = StringIO()
     gpu_goals.show(harness.read(paths[-1]) if paths else [], Console(file=text, width=140))
     processes.say(text.getvalue(), log)

@@ -134,7 +134,11 @@ def run(options: Options, console: Console | None = None, facts: dict[str, Any] 
         skipped = len(works) * len(report.machines) - len(todo)
         if skipped:
             console.print(f"{skipped} cases have fresh rows and are skipped (--again measures them anew)")
-        _measure(todo, report, options, begin, console)
+        disturbed = _measure(todo, report, options, begin, console)
+        for _ in range(RETURNS):
+            if disturbed:
+                console.print(f"{len(disturbed)} cases that others' work disturbed are measured anew")
+                disturbed = _measure(disturbed, report, options, begin, console)
     except KeyboardInterrupt:
         report.ended = INTERRUPTED
     finally:
@@ -238,36 +242,31 @@ def is_red(backend: str, work: Work, red: set[tuple[str, str, str]]) -> bool:
 
 def _measure(
     todo: list[tuple[Work, Machine]], report: Report, options: Options, begin: float, console: Console
-) -> None:
-    repeats = options.repeats or REPEATS[options.device]
-    for returns in range(1 + RETURNS):
-        if returns:
-            console.print(f"{len(todo)} cases that others' work disturbed are measured anew")
-        disturbed = []
-        with _progress(len(todo), console) as advance:
-            for work, machine in todo:
-                if time.monotonic() - begin > options.budget:
-                    report.ended = f"the budget of {options.budget:.0f} s is spent"
-                    return
-                if options.device == "cpu":
-                    torch.set_num_threads(machine.threads)
-                options.note(work.label)
-                report.ran.add(work.label)
-                outcome = measure_one(work, machine, options, repeats)
-                if is_lost(machine.device):
-                    # Whatever was timed before the fault is not to be believed either.
-                    report.ended = LOST
-                    return
-                if any(row.disturbed for row in outcome.rows):
-                    disturbed.append((work, machine))
-                _merge(report, outcome, machine)
-                for row in harness.best(outcome.rows) or outcome.rows[:1]:
-                    console.print(line(row), highlight=False, markup=False, soft_wrap=True)
-                save(report)
-                advance(work.label)
-        todo = disturbed
-        if not todo:
-            return
+) -> list[tuple[Work, Machine]]:
+    """Measure the cases in their order; return those that others disturbed, or none where the run has ended."""
+    repeats, disturbed = options.repeats or REPEATS[options.device], []
+    with _progress(len(todo), console) as advance:
+        for work, machine in todo:
+            if time.monotonic() - begin > options.budget:
+                report.ended = f"the budget of {options.budget:.0f} s is spent"
+                return []
+            if options.device == "cpu":
+                torch.set_num_threads(machine.threads)
+            options.note(work.label)
+            report.ran.add(work.label)
+            outcome = measure_one(work, machine, options, repeats)
+            if is_lost(machine.device):
+                # Whatever was timed before the fault is not to be believed either.
+                report.ended = LOST
+                return []
+            if any(row.disturbed for row in outcome.rows):
+                disturbed.append((work, machine))
+            _merge(report, outcome, machine)
+            for row in harness.best(outcome.rows) or outcome.rows[:1]:
+                console.print(line(row), highlight=False, markup=False, soft_wrap=True)
+            save(report)
+            advance(work.label)
+    return disturbed
 
 
 def measure_one(work: Work, machine: Machine, options: Options, repeats: int) -> Outcome:

@@ -74,12 +74,14 @@ Outputs attention(const Tensor& query, const Tensor& key, const Tensor& value, c
 }
 
 Outputs attention_qkvpacked(const Tensor& qkv, const std::optional<Tensor>& bias, bool is_causal, double scale) {
-  const auto unpacked = [&](const Tensor& given) {
-    return attend(Operand::unpacked(given, 0, "query"), Operand::unpacked(given, 1, "key"),
-                  Operand::unpacked(given, 2, "value"), bias, is_causal, scale, true);
+  const auto attend_to = [&](const Operand& query, const Tensor& given) {
+    return attend(query, Operand::unpacked(given, 1, "key"), Operand::unpacked(given, 2, "value"), bias, is_causal,
+                  scale, true);
   };
-  const bool readable = Operand::unpacked(qkv, 0, "query").rows_contiguous();
-  return unpacked(readable ? qkv : torch::stable::contiguous(qkv));
+  const Operand query = Operand::unpacked(qkv, 0, "query");
+  if (query.rows_contiguous()) return attend_to(query, qkv);
+  const Tensor copy = torch::stable::contiguous(qkv);
+  return attend_to(Operand::unpacked(copy, 0, "query"), copy);
 }
 
 }  // namespace
