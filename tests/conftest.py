@@ -7,6 +7,11 @@ import os
 # Before anything imports triton: its interpreter runs the kernels on CPU tensors. Ahead-of-time compilation, which
 # needs it off, happens in processes of its own.
 os.environ["TRITON_INTERPRET"] = "1"
+# The tests' own processes, several at a time: with more threads than processors each spins where another should run,
+# and takes five times as long. Tests of threads set their number themselves.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# torch.compile starts a process per processor for its compilations, which takes longer than a test has to compile.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # Benchmarks wait for others to leave the processor alone; tests are such others.
 os.environ["FASTVIT_PATIENCE"] = "0"
 
@@ -20,8 +25,7 @@ from fastvit.kernels import native
 from fastvit.ops import backends
 from fastvit.testing import Comparison
 
-# The yardstick is PyTorch's own error, which depends on how PyTorch splits its sums over threads; tests of threads set
-# their number themselves.
+# The yardstick is PyTorch's own error, which depends on how PyTorch splits its sums over threads.
 torch.set_num_threads(1)
 
 # For each label: the number of cases, and the worst ratio with the tensor it was met in.

@@ -32,9 +32,9 @@ void compare(const char* name, const Tensor& got, const Value& expected) {
                                                           : 1.6e-2;
   double worst = 0, largest = 1e-3;
   got.each([&](auto... index) {
-    const double error = std::fabs(got.get(index...) - expected(index...));
+    const double wanted = expected(index...), error = std::fabs(got.get(index...) - wanted);
     if (!(error <= worst)) worst = error;
-    largest = std::fmax(largest, std::fabs(expected(index...)));
+    largest = std::fmax(largest, std::fabs(wanted));
   });
   ++compared;
   if (!(worst <= tolerance * largest)) {

@@ -13,25 +13,25 @@ from fastvit.testing import AttentionCase, Comparison, PatchEmbedCase, check_att
 from tests.strategies import attention_cases, fuzz, patch_embed_cases
 
 
-@fuzz(500)
+@fuzz(300)
 @given(attention_cases(min_elements=3072))
 def test_attention_cpu(hold: Callable, case: AttentionCase) -> None:
     hold("attention, cpu, fuzz", check_attention(case, "cpu"), case)
 
 
-@fuzz(500)
+@fuzz(300)
 @given(patch_embed_cases())
 def test_patch_embed_cpu(hold: Callable, case: PatchEmbedCase) -> None:
     hold("patch_embed, cpu, fuzz", check_patch_embed(case, "cpu"), case)
 
 
-@fuzz(100)
+@fuzz(60)
 @given(attention_cases(min_elements=3072))
 def test_attention_reference(hold: Callable, case: AttentionCase) -> None:
     hold("attention, reference, fuzz", check_attention(case, "reference"), case)
 
 
-@fuzz(100)
+@fuzz(60)
 @given(patch_embed_cases())
 def test_patch_embed_reference(hold: Callable, case: PatchEmbedCase) -> None:
     hold("patch_embed, reference, fuzz", check_patch_embed(case, "reference"), case)
@@ -46,7 +46,7 @@ SILENT = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 # in a thread of its own: on hypothesis's deep stack every op of the interpreter crosses into another 16-KiB chunk of
 # CPython 3.11's frames and back, which makes it four times as slow.
 @SILENT
-@fuzz(40, shrink=False)
+@fuzz(30, shrink=False)
 @given(attention_cases(max_seqlen=70, most_heads=128))
 def test_attention_triton(hold: Callable, case: AttentionCase) -> None:
     pytest.importorskip("triton", reason="triton is not installed")

@@ -229,7 +229,7 @@ def test_positions_end_at_thirty_two_bits(emulator: ModuleType) -> None:
         fastvit.attention(query.expand(2**6, 2**6, 1, 8), key, key, backend="cuda")
     key = query.expand(1, 1, 2**30 + 1, 8)
     output, lse = torch.empty_like(query), torch.empty(1, 1, 1)
-    with pytest.raises(RuntimeError, match="count seqlen and batch · heads · seqlen / 16 to 2"):
+    with pytest.raises(RuntimeError, match="seqlen and batch · heads · seqlen / 16 are counted to 2"):
         cuda.attention_forward(query, key, key, None, output, lse, is_causal=False, scale=1.0)
     assert not emulator.launches()
 

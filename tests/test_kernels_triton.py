@@ -165,6 +165,17 @@ def test_head_dims(head_dim: int, head_dim_v: int, dtype: torch.dtype) -> None:
     check(arguments, written_out=(head_dim_v, dtype) == (130, torch.float16))
 
 
+def test_rows_are_promised_to_be_aligned_only_where_all_of_them_are() -> None:
+    packed = torch.empty(2, 5, 3, 4, 72).permute(2, 0, 3, 1, 4)  # heads 72 apart, rows 864
+    assert configs.rows_aligned(*packed)
+    assert configs.rows_aligned(packed[0], torch.empty(1, 1, 1, 8).expand(2, 4, 5, 8))
+    for dimension in range(3):
+        steps = [8 * 72, 8 * 72, 8 * 72, 1]
+        steps[dimension] += 4
+        assert not configs.rows_aligned(packed[0], torch.empty(1).as_strided((1, 1, 1, 1), steps))
+    assert not configs.rows_aligned(torch.empty(2, 3, 5, 20))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(1, 65), (130, 7), (49, 100)])
 @pytest.mark.parametrize("is_causal", [False, True])

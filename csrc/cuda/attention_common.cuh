@@ -34,11 +34,16 @@ void dispatch_head_dim(int64_t head_dim, Function function) {
 // Work items and positions are counted in 32 bits, addresses in 64.
 constexpr int64_t kMostItems = 1 << 30;
 
-inline void check_sizes(const AttentionParams& p) {
+// Why a call is too large for these kernels; empty where it is not.
+inline std::string sizes_why_not(const AttentionParams& p) {
   const int64_t seqlen = std::max(p.seqlen_q, p.seqlen_k);
-  if (seqlen > kMostItems || p.batch * p.num_heads > kMostItems / ceil_div(seqlen, 16)) {
-    throw std::invalid_argument("query, key: the CUDA kernels count seqlen and batch · heads · seqlen / 16 to 2^30");
-  }
+  if (seqlen <= kMostItems && p.batch * p.num_heads <= kMostItems / ceil_div(seqlen, 16)) return "";
+  return "seqlen and batch · heads · seqlen / 16 are counted to 2^30";
+}
+
+inline void check_sizes(const AttentionParams& p) {
+  const std::string reason = sizes_why_not(p);
+  if (!reason.empty()) throw std::invalid_argument("query, key: in the CUDA kernels " + reason);
 }
 
 inline bool is_vectorized(const View4& view, int64_t columns) {

@@ -32,9 +32,7 @@ std::string attention_forward_sm90_why_not(const AttentionParams& p) {
       !is_vectorized(p.output, p.head_dim_v)) {
     return "accepted are tensors whose rows begin at multiples of 16 bytes, with no dimension expanded";
   }
-  const int64_t tiles = ceil_div(std::max(p.seqlen_q, p.seqlen_k), kProductDepth);
-  if (p.batch * p.num_heads > kMostItems / tiles) return "batch · heads · seqlen / 16 is over 2^30";
-  return "";
+  return sizes_why_not(p);
 }
 
 void attention_forward_sm90_fp16(const AttentionParams& p, void* stream) {

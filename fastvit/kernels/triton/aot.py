@@ -3,8 +3,8 @@
     python -m fastvit.kernels.triton.aot --arch sm_90 --processes 2
 
 Registers, stack (spills) and instructions come from the cubin or the AMD assembly, not from a driver. The exit status
-is 1 if a row spills, does not fit its family's shared memory, lacks the matrix instruction that was meant, or chains a
-full float32 product to its accumulator.
+is 1 if a row spills, does not fit its family's shared memory, lacks the matrix instruction that was meant, chains a
+full float32 product to its accumulator, or moves aligned rows of 16-bit elements one by one.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ KERNELS = {
     "patch_embed_backward_weight": patch_embed.backward_weight_kernel,
     "patch_embed_backward_images": patch_embed.backward_images_kernel,
 }
+# A load or store of one 16-bit element, in PTX and in AMD's assembly.
+SINGLE = re.compile(r"\b(?:ld|st)\.global\.[bu]16\b|\b(?:global|buffer)_(?:load|store)_u?short")
 INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "v_mfma")
 FLOAT32_POINTERS = ("lse_ptr", "delta_ptr", "normaliser_ptr", "grad_lse_ptr", "partial_ptr")
 ELEMENT_SIZE = {"fp16": 2, "bf16": 2, "fp32": 4}
@@ -49,7 +51,10 @@ ELEMENT_SIZE = {"fp16": 2, "bf16": 2, "fp32": 4}
 
 @dataclass(frozen=True)
 class Job:
-    """One compilation: a kernel, a row of the table, and the case it is specialised for."""
+    """One compilation: a kernel, a row of the table, and the case it is specialised for.
+
+    The operands of attention are views of a packed projection, whose heads are their head dim apart.
+    """
 
     kernel: str
     family: str
@@ -70,6 +75,7 @@ class Resources:
     shared_bytes: int
     instruction: str
     chained_products: int
+    single_accesses: int
     seconds: float
 
 
@@ -97,6 +103,7 @@ def _attention_job(
         "SLICE": configs.FLOAT32_SLICE if dtype == "fp32" and precision == "ieee" else 0,
         "DELTA": "probabilities" if dtype == "fp32" else "output",
         "BIAS": bias, "IS_CAUSAL": is_causal, "FOLD": bias == "none" and dtype != "fp32", "PRECISION": precision,
+        "ALIGNED": aligned,
     }  # fmt: skip
     case = f"D{head_dim}" + (f"/{head_dim_v}" if head_dim_v != head_dim else "")
     case += ("" if bias == "none" else f" {bias} bias") + (" causal" if is_causal else "")
@@ -114,13 +121,14 @@ def _attention_jobs(family: str) -> Iterator[Job]:
                 yield _attention_job(kernel, family, dtype, bucket)
                 yield _attention_job(kernel, family, dtype, bucket, bias="float32")
         yield _attention_job(kernel, family, "fp16", 72, is_causal=True)
+        yield _attention_job(kernel, family, "bf16", 88)
         yield _attention_job(kernel, family, "bf16", 32, bias="bool", is_causal=True)
         yield _attention_job(kernel, family, "bf16", 64, head_dim_v=40, aligned=False)
         if not family.startswith("gfx"):
             yield _attention_job(kernel, family, "fp32", 64, precision="tf32")
     sizes = {"HEAD_DIM_V": 64, "BLOCK_DV": 64, "BLOCK_M": configs.ROW_SUM_ELEMENTS // 64}
     for dtype, delta in (("bf16", "output"), ("fp32", "probabilities")):
-        constants = {**sizes, "HAS_GRAD_LSE": True, "DELTA": delta}
+        constants = {**sizes, "HAS_GRAD_LSE": True, "DELTA": delta, "ALIGNED": True}
         yield Job("delta", family, dtype, configs.Config(64, 16, 4, 1), "D64", constants)
 
 
@@ -156,6 +164,13 @@ def _strides(job: Job, name: str) -> int:
     return 2 if job.kernel.startswith("patch_embed") else 3
 
 
+def _is_divisible(job: Job, name: str, position: int) -> bool:
+    """Say whether the launch of a job finds a stride to be a multiple of 16, and tells the compiler."""
+    head_dims = [job.constants[name] for name in ("HEAD_DIM", "HEAD_DIM_V") if name in job.constants]
+    between_heads = position == 1 and name != "bias_strides"
+    return job.aligned and not (between_heads and any(head_dim % 16 for head_dim in head_dims))
+
+
 def _source(job: Job) -> ASTSource:
     """Describe the kernel's arguments as a launch with this job's tensors would."""
     signature: dict[str, Any] = {}
@@ -174,8 +189,11 @@ def _source(job: Job) -> ASTSource:
             units = [(name, position) in job.unit_strides for position in range(_strides(job, name))]
             signature[name] = tuple("constexpr" if unit else "i32" for unit in units)
             constants |= {(index, position): 1 for position, unit in enumerate(units) if unit}
-            if job.aligned:
-                attributes |= {(index, position): divisible for position, unit in enumerate(units) if not unit}
+            attributes |= {
+                (index, position): divisible
+                for position, unit in enumerate(units)
+                if not unit and _is_divisible(job, name, position)
+            }
         else:
             signature[name] = "fp32" if name.startswith("scale") else "i32"
     return ASTSource(kernel, signature, constants, attributes)
@@ -188,21 +206,22 @@ def _number(pattern: str, text: str) -> int:
     return int(found[1])
 
 
-def _measure(compiled: Any, family: str) -> tuple[int, int, str]:
-    """Return registers, spilled bytes and the matrix instruction of a compiled kernel."""
+def _measure(compiled: Any, family: str) -> tuple[int, int, str, int]:
+    """Return registers, spilled bytes, the matrix instruction and the accesses to one element of a compiled kernel."""
     text = compiled.asm["amdgcn" if family.startswith("gfx") else "ptx"]
+    single = len(SINGLE.findall(text))
     instruction = next((name for name in INSTRUCTIONS if name in text), "none")
     if family.startswith("gfx"):
         count = {key: _number(rf"\.{key}:\s*(\d+)", text) for key in ("vgpr_count", "vgpr_spill_count")}
         scratch = _number(r"\.private_segment_fixed_size:\s*(\d+)", text)
-        return count["vgpr_count"], 4 * count["vgpr_spill_count"] + scratch, instruction
+        return count["vgpr_count"], 4 * count["vgpr_spill_count"] + scratch, instruction, single
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack, local = (_number(rf"{key}:(\d+)", usage) for key in ("REG", "STACK", "LOCAL"))
-    return registers, stack + local, instruction
+    return registers, stack + local, instruction, single
 
 
 def _faults(job: Job, resources: Resources) -> list[str]:
@@ -213,6 +232,8 @@ def _faults(job: Job, resources: Resources) -> list[str]:
         faults.append(f"shared memory {resources.shared_bytes} > {configs.SHARED_MEMORY[job.family]}")
     if resources.chained_products and job.dtype == "fp32" and job.constants.get("PRECISION") == "ieee":
         faults.append(f"{resources.chained_products} products are chained to their accumulators")
+    if resources.single_accesses and job.constants.get("ALIGNED") and ELEMENT_SIZE[job.dtype] == 2:
+        faults.append(f"{resources.single_accesses} loads and stores of one element")
     if resources.instruction not in meant_instructions(job):
         faults.append(f"instruction {resources.instruction}, meant {' or '.join(meant_instructions(job))}")
     return faults
@@ -242,12 +263,13 @@ def compile_job(job: Job) -> Outcome:
         compiled = triton.compile(_source(job), target=TARGETS[job.family], options=options)
     except Exception as error:  # Every failure to compile is an outcome of the table, whatever its type.
         return Outcome(job, None, [f"{type(error).__name__}: {error}"[:300]])
-    registers, spill_bytes, instruction = _measure(compiled, job.family)
+    registers, spill_bytes, instruction, single = _measure(compiled, job.family)
     # A product summed by itself carries a limit on inexact accumulation; see ``products.add_product``.
     products = [line for line in compiled.asm["ttir"].splitlines() if "tt.dot " in line]
     chained = sum("maxNumImpreciseAcc" not in line for line in products)
     seconds = time.perf_counter() - begin
-    resources = Resources(registers, spill_bytes, compiled.metadata.shared, instruction, chained, seconds)
+    shared_bytes = compiled.metadata.shared
+    resources = Resources(registers, spill_bytes, shared_bytes, instruction, chained, single, seconds)
     return Outcome(job, resources, _faults(job, resources))
 
 

@@ -17,7 +17,15 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvit.kernels.triton import configs
-from fastvit.kernels.triton.attention_fwd import LOG2_E, bias_and_mask, bias_arguments, load_tile, store_tile
+from fastvit.kernels.triton.attention_fwd import (
+    LOG2_E,
+    bias_and_mask,
+    bias_arguments,
+    head_base,
+    load_tile,
+    row_stride,
+    store_tile,
+)
 from fastvit.kernels.triton.products import add_product, sliced_product
 
 
@@ -58,7 +66,7 @@ def delta_kernel(
     grad_output_ptr, grad_lse_ptr, output_ptr, lse_ptr, delta_ptr, grad_output_strides, grad_lse_strides,
     output_strides, num_heads, seqlen_q,
     HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
-    DELTA: tl.constexpr,
+    DELTA: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One program: Δ of BLOCK_M queries of one head, or only −dLSE where the rest comes later (``configs.delta``)."""
     num_blocks = tl.cdiv(seqlen_q, BLOCK_M)
@@ -69,11 +77,11 @@ def delta_kernel(
 
     delta = tl.zeros([BLOCK_M], tl.float32)
     if DELTA == "output":
-        output_base = output_ptr + batch * output_strides[0] + head * output_strides[1]
-        output_stride = tl.cast(output_strides[2], tl.int64)
+        output_base = head_base(output_ptr, output_strides, batch, head, ALIGNED)
+        output_stride = row_stride(output_strides, ALIGNED)
         output = load_tile(output_base, first_row, output_stride, seqlen_q, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True)
-        grad_base = grad_output_ptr + batch * grad_output_strides[0] + head * grad_output_strides[1]
-        grad_stride = tl.cast(grad_output_strides[2], tl.int64)
+        grad_base = head_base(grad_output_ptr, grad_output_strides, batch, head, ALIGNED)
+        grad_stride = row_stride(grad_output_strides, ALIGNED)
         grad_output = load_tile(grad_base, first_row, grad_stride, seqlen_q, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True)
         delta = tl.sum(output.to(tl.float32) * grad_output.to(tl.float32), 1)  # [BLOCK_M]
     if HAS_GRAD_LSE:
@@ -136,6 +144,7 @@ def grad_key_value_kernel(
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_TAIL: tl.constexpr, SLICE: tl.constexpr,
     BIAS: tl.constexpr, IS_CAUSAL: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr, DELTA: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One program: dK and dV of BLOCK_N keys of one head, from all queries."""
     num_blocks = tl.cdiv(seqlen_k, BLOCK_N)
@@ -143,15 +152,15 @@ def grad_key_value_kernel(
     batch_head = (tl.program_id(0) // num_blocks).to(tl.int64)
     batch, head = batch_head // num_heads, batch_head % num_heads
 
-    key_base = key_ptr + batch * key_strides[0] + head * key_strides[1]
-    key_stride = tl.cast(key_strides[2], tl.int64)
+    key_base = head_base(key_ptr, key_strides, batch, head, ALIGNED)
+    key_stride = row_stride(key_strides, ALIGNED)
     key = load_tile(key_base, first_column, key_stride, seqlen_k, HEAD_DIM, BLOCK_N, BLOCK_D, True)
-    value_base = value_ptr + batch * value_strides[0] + head * value_strides[1]
-    value_stride = tl.cast(value_strides[2], tl.int64)
+    value_base = head_base(value_ptr, value_strides, batch, head, ALIGNED)
+    value_stride = row_stride(value_strides, ALIGNED)
     value = load_tile(value_base, first_column, value_stride, seqlen_k, HEAD_DIM_V, BLOCK_N, BLOCK_DV, True)
-    query_base = query_ptr + batch * query_strides[0] + head * query_strides[1]
-    grad_base = grad_output_ptr + batch * grad_output_strides[0] + head * grad_output_strides[1]
-    query_stride, grad_stride = tl.cast(query_strides[2], tl.int64), tl.cast(grad_output_strides[2], tl.int64)
+    query_base = head_base(query_ptr, query_strides, batch, head, ALIGNED)
+    grad_base = head_base(grad_output_ptr, grad_output_strides, batch, head, ALIGNED)
+    query_stride, grad_stride = row_stride(query_strides, ALIGNED), row_stride(grad_output_strides, ALIGNED)
     lse_ptr += batch_head * seqlen_q
     delta_ptr += batch_head * seqlen_q
     normaliser_ptr += batch_head * seqlen_q
@@ -179,11 +188,11 @@ def grad_key_value_kernel(
             IS_CAUSAL, True, FOLD, PRECISION, DELTA,
         )  # fmt: skip
 
-    grad_key_base = grad_key_ptr + batch * grad_key_strides[0] + head * grad_key_strides[1]
-    grad_key_stride = tl.cast(grad_key_strides[2], tl.int64)
+    grad_key_base = head_base(grad_key_ptr, grad_key_strides, batch, head, ALIGNED)
+    grad_key_stride = row_stride(grad_key_strides, ALIGNED)
     store_tile(grad_key_base, first_column, grad_key_stride, seqlen_k, grad_key * scale, HEAD_DIM, BLOCK_N, BLOCK_D)
-    grad_value_base = grad_value_ptr + batch * grad_value_strides[0] + head * grad_value_strides[1]
-    grad_value_stride = tl.cast(grad_value_strides[2], tl.int64)
+    grad_value_base = head_base(grad_value_ptr, grad_value_strides, batch, head, ALIGNED)
+    grad_value_stride = row_stride(grad_value_strides, ALIGNED)
     store_tile(grad_value_base, first_column, grad_value_stride, seqlen_k, grad_value, HEAD_DIM_V, BLOCK_N, BLOCK_DV)
 
 
@@ -226,7 +235,7 @@ def grad_query_kernel(
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_TAIL: tl.constexpr, SLICE: tl.constexpr,
     BIAS: tl.constexpr, IS_CAUSAL: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
-    DELTA: tl.constexpr,
+    DELTA: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One program: dQ of BLOCK_M queries of one head, from all keys that take part.
 
@@ -243,15 +252,15 @@ def grad_query_kernel(
     first_row = block * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
 
-    query_base = query_ptr + batch * query_strides[0] + head * query_strides[1]
-    query_stride = tl.cast(query_strides[2], tl.int64)
+    query_base = head_base(query_ptr, query_strides, batch, head, ALIGNED)
+    query_stride = row_stride(query_strides, ALIGNED)
     query = load_tile(query_base, first_row, query_stride, seqlen_q, HEAD_DIM, BLOCK_M, BLOCK_D, True)
-    grad_base = grad_output_ptr + batch * grad_output_strides[0] + head * grad_output_strides[1]
-    grad_stride = tl.cast(grad_output_strides[2], tl.int64)
+    grad_base = head_base(grad_output_ptr, grad_output_strides, batch, head, ALIGNED)
+    grad_stride = row_stride(grad_output_strides, ALIGNED)
     grad_output = load_tile(grad_base, first_row, grad_stride, seqlen_q, HEAD_DIM_V, BLOCK_M, BLOCK_DV, True)
-    key_base = key_ptr + batch * key_strides[0] + head * key_strides[1]
-    value_base = value_ptr + batch * value_strides[0] + head * value_strides[1]
-    key_stride, value_stride = tl.cast(key_strides[2], tl.int64), tl.cast(value_strides[2], tl.int64)
+    key_base = head_base(key_ptr, key_strides, batch, head, ALIGNED)
+    value_base = head_base(value_ptr, value_strides, batch, head, ALIGNED)
+    key_stride, value_stride = row_stride(key_strides, ALIGNED), row_stride(value_strides, ALIGNED)
     offset = batch_head * seqlen_q
     lse, delta = load_row_statistics(lse_ptr + offset, delta_ptr + offset, rows, seqlen_q)
     bias_base = bias_ptr
@@ -301,8 +310,8 @@ def grad_query_kernel(
         grad_scores = score_gradients(probabilities, grad_probabilities, delta[:, None], DELTA)
         grad_query = add_product(grad_query, grad_scores.to(key.dtype), key, PRECISION)
 
-    grad_query_base = grad_query_ptr + batch * grad_query_strides[0] + head * grad_query_strides[1]
-    grad_query_stride = tl.cast(grad_query_strides[2], tl.int64)
+    grad_query_base = head_base(grad_query_ptr, grad_query_strides, batch, head, ALIGNED)
+    grad_query_stride = row_stride(grad_query_strides, ALIGNED)
     store_tile(grad_query_base, first_row, grad_query_stride, seqlen_q, grad_query * scale, HEAD_DIM, BLOCK_M, BLOCK_D)
 
 
@@ -340,6 +349,7 @@ def _launch_delta(grad_output: Tensor, grad_lse: Tensor | None, output: Tensor, 
         grad_output, grad_lse, output, lse, delta,
         grad_output.stride()[:3], (0, 0, 0) if grad_lse is None else grad_lse.stride(), output.stride()[:3],
         num_heads, seqlen_q, head_dim_v, block_dv, block_m, grad_lse is not None, delta_kind,
+        configs.rows_aligned(grad_output, output),
         num_warps=4, num_stages=1,
     )  # fmt: skip
     return delta
@@ -362,6 +372,7 @@ def _launch_grad_key_value(
         head_dim, head_dim_v, block_d, block_dv, config.block_n, config.block_m,
         configs.tail_block(seqlen_q, config.block_m), configs.head_dim_slice(query), bias_kind, is_causal,
         configs.folds(query, bias, scale), configs.dot_precision(query), delta_kind,
+        configs.rows_aligned(grad_output, query, key, value, grad_key, grad_value),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
@@ -383,5 +394,6 @@ def _launch_grad_query(
         head_dim, head_dim_v, block_d, block_dv, config.block_m, config.block_n,
         config.block_n if is_causal else configs.tail_block(seqlen_k, config.block_n), configs.head_dim_slice(query),
         bias_kind, is_causal, configs.folds(query, bias, scale), configs.dot_precision(query), delta_kind,
+        configs.rows_aligned(grad_output, query, key, value, grad_query),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -1,8 +1,10 @@
 """Tile sizes as data: one row per (kernel, element size, head_dim bucket, bias), by architecture family, with reasons.
 
 Nothing here needs Triton. No row is chosen by timing at a user's first call, and every row is compiled ahead of time by
-``aot.py``: a row that spills a register, or that does not fit a family's shared memory, fails the tests. The rows hold
-for the oldest Triton that is supported (3.6) and the newest (3.8), whose register allocation differs.
+``aot.py`` at its bucket's width: a row that spills a register, or that does not fit a family's shared memory, fails the
+tests. (Padded head dims take masks besides: at 72, 88 and 192 float32 was seen to spill 8 to 168 bytes, 16 bits 8 at
+the most.) The rows hold for the oldest Triton that is supported (3.6) and the newest (3.8), whose register allocation
+differs.
 Families: sm_80 is every NVIDIA chip with mma.sync (8.x and 12.x; the rows fit the 99 KiB of sm_86), sm_90 has wgmma,
 sm_100 tcgen05 and tensor memory, gfx942 is AMD CDNA3 with MFMA and 64 KiB of local memory.
 """
@@ -237,6 +239,11 @@ def head_dim_slice(query: Tensor) -> int:
     orders differed.
     """
     return FLOAT32_SLICE if query.element_size() == 4 and dot_precision(query) == "ieee" else 0
+
+
+def rows_aligned(*tensors: Tensor) -> bool:
+    """Return whether all rows of [B, H, N, D] begin at multiples of 8 elements, so that 16 bytes move at once."""
+    return not any(stride % 8 for tensor in tensors for stride in tensor.stride()[:3])
 
 
 def delta_kind(query: Tensor, key: Tensor, is_causal: bool) -> str:
