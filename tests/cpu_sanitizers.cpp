@@ -172,7 +172,8 @@ void check_attention(const AttentionCase& c, DType dtype) {
   p.output = output.view(), p.lse = lse.data, p.grad_output = grad.view();
   p.grad_lse = c.grad_lse ? grad_lse.data : nullptr;
   const cpu::KernelTable& kernels = cpu::kernels();
-  cpu::attention_forward_over(kernels, p, Threads{1 + int64_t(generator() % 3)});
+  const int64_t forward_threads = 1 + int64_t(generator() % 3);
+  cpu::attention_forward_over(kernels, p, forward_threads, Threads{forward_threads});
   if (!fault.empty()) return;
   compare("output", output, [&](auto b, auto h, auto i, auto d) { return e.output[e.at(b, h, i) * c.dim_v + d]; });
   for (size_t i = 0; i < e.lse.size(); ++i) {

@@ -19,7 +19,7 @@ void attention_forward(const Tensor& query, const Tensor& key, const Tensor& val
                        Tensor& output, Tensor& lse, bool is_causal, double scale) {
   check_cpu(query, "query");
   const AttentionParams p = attention_forward_params(query, key, value, bias, output, lse, is_causal, scale);
-  cpu::attention_forward_over(cpu::kernels(), p, parallel_for);
+  cpu::attention_forward_over(cpu::kernels(), p, torch::stable::get_num_threads(), parallel_for);
 }
 
 void attention_backward(const Tensor& grad_output, const std::optional<Tensor>& grad_lse, const Tensor& query,
@@ -55,7 +55,7 @@ Outputs attend(const Operand& query, const Operand& key, const Operand& value, c
   const AttentionParams p =
       attention_params(query, key, value, operand_of(bias, "bias"), is_packed ? written.heads_first() : written,
                        {lse, "lse"}, is_causal, scale);
-  cpu::attention_forward_over(cpu::kernels(), p, parallel_for);
+  cpu::attention_forward_over(cpu::kernels(), p, torch::stable::get_num_threads(), parallel_for);
   return outputs;
 }
 
