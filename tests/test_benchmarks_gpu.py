@@ -27,10 +27,9 @@ MACHINE = Machine("cpu", "device", "avx2", 2, "driver", {"float32": 100.0}, 10.0
 
 
 def test_without_a_gpu_it_says_so_in_one_line(tmp_path: Path) -> None:
-    # As from a shell, also where make runs this test.
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("MAKELEVEL", "MAKEFLAGS", "MFLAGS")
-    }
+    # As from a shell, also where make runs this test, with arguments of its own.
+    of_make = ("MAKELEVEL", "MAKEFLAGS", "MFLAGS", "ARGS")
+    environment = {name: value for name, value in os.environ.items() if name not in of_make}
     result = subprocess.run(
         ["make", "gpu", f"PYTHON={sys.executable}", f"VENV={tmp_path}", f"OUT={tmp_path / 'out'}"],
         cwd=harness.ROOT, capture_output=True, text=True, check=False,
