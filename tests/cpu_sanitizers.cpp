@@ -314,12 +314,13 @@ void check_shares(int64_t tasks, int64_t unit, int64_t threads) {
   cpu::share_out(tasks, unit, threads, Threads{threads}, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) ++runs[task];
     done += end - begin;
+    const bool held_up = begin == 0 && threads > 1;
     const auto deadline = Clock::now() + std::chrono::seconds(20);
-    while (begin == 0 && threads > 1 && done < tasks && Clock::now() < deadline) std::this_thread::yield();
+    while (held_up && done < tasks && Clock::now() < deadline) std::this_thread::yield();
     const int64_t shares = std::min(threads, tasks);
     bool whole = end % unit == 0;
     for (int64_t i = 1; i <= shares; ++i) whole |= end == tasks * i / shares;
-    if ((begin == 0 && threads > 1 && done < tasks) || begin >= end || !whole) {
+    if ((held_up && done < tasks) || begin >= end || !whole) {
       std::fprintf(stderr, "wrong: tasks [%d, %d) of %d for %d threads, %d done\n", int(begin), int(end), int(tasks),
                    int(threads), int(done));
       std::exit(3);
@@ -328,6 +329,12 @@ void check_shares(int64_t tasks, int64_t unit, int64_t threads) {
   if (done == tasks && std::all_of(runs.begin(), runs.end(), [](int count) { return count == 1; })) return;
   std::fprintf(stderr, "wrong: %d of %d tasks done\n", int(done), int(tasks));
   std::exit(3);
+}
+
+void check_all_shares() {
+  for (int64_t tasks : {1, 2, 12, 48, 49})
+    for (int64_t threads : {1, 2, 3, 16})
+      for (int64_t unit : {1, 4}) check_shares(tasks, unit, threads);
 }
 
 const AttentionCase kAttention[] = {
@@ -374,13 +381,7 @@ const PatchCase kPatches[] = {
 
 int main(int count, char** arguments) {
   fault = count > 1 ? arguments[1] : "";
-  for (int64_t tasks : {1, 2, 12, 48, 49}) {
-    for (int64_t threads : {1, 2, 3, 16}) {
-      for (int64_t unit : {1, 4}) {
-        if (fault.empty()) check_shares(tasks, unit, threads);
-      }
-    }
-  }
+  if (fault.empty()) check_all_shares();
   for (DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kFloat64}) {
     if (count > 2 && dtype != DType::kFloat32) continue;
     for (const AttentionCase& c : kAttention) check_attention(c, dtype);

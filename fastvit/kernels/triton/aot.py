@@ -166,7 +166,7 @@ def _strides(job: Job, name: str) -> int:
 
 def _is_divisible(job: Job, name: str, position: int) -> bool:
     """Say whether the launch of a job finds a stride to be a multiple of 16, and tells the compiler."""
-    head_dims = [job.constants[name] for name in ("HEAD_DIM", "HEAD_DIM_V") if name in job.constants]
+    head_dims = [job.constants[key] for key in ("HEAD_DIM", "HEAD_DIM_V") if key in job.constants]
     between_heads = position == 1 and name != "bias_strides"
     return job.aligned and not (between_heads and any(head_dim % 16 for head_dim in head_dims))
 
