@@ -66,13 +66,13 @@ def measure() -> Iterator[Launch]:
     Raises:
         ImportError: the emulator is not built.
     """
-    registers = {(row.kernel, row.arch): row.registers for row in cuda_resources.read()}
     calls = _calls()
     for device in DEVICES:
-        with planning(device) as noted:
+        registers = {row.kernel: row.registers for row in cuda_resources.read() if row.arch == device.code}
+        with planning(device, registers) as noted:
             for work, call in calls.items():
                 for kernel, blocks, threads, shared_bytes in noted(call):
-                    used = registers[kernel, device.code]
+                    used = registers[kernel]
                     shared = blocks_per_multiprocessor(device, threads, shared_bytes, used)
                     yield Launch(
                         device.name, work, kernel, blocks, threads, shared_bytes, used, shared, shared * threads // 32

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,10 +76,11 @@ Call = Callable[[], None]
 
 
 @contextlib.contextmanager
-def planning(device: Device) -> Iterator[Callable[[Call], list[Note]]]:
+def planning(device: Device, registers: Mapping[str, int] | None = None) -> Iterator[Callable[[Call], list[Note]]]:
     """Give a function that returns the launches of a call on ``device`` (kernel, blocks, threads, shared bytes).
 
-    Nothing is run, so that the calls' tensors are of any size: no byte of them is touched.
+    Nothing is run, so that the calls' tensors are of any size: no byte of them is touched. Persistent kernels have as
+    many blocks as a multiprocessor holds by their ``registers``, by name; without, by shared memory alone.
 
     Raises:
         ImportError: the emulator is not built.
@@ -91,6 +92,10 @@ def planning(device: Device) -> Iterator[Callable[[Call], list[Note]]]:
         call()
         return [(demangle(name), *sizes) for name, *sizes in emulator.launches()]
 
+    def occupancy(name: str, threads: int, shared_bytes: int) -> int:
+        assert registers is not None
+        return blocks_per_multiprocessor(device, threads, shared_bytes, registers[demangle(name)])
+
     # torch makes this attribute when it is imported, where no type checker sees it.
     deterministic: Any = torch.utils.deterministic
     fills = deterministic.fill_uninitialized_memory
@@ -100,6 +105,7 @@ def planning(device: Device) -> Iterator[Callable[[Call], list[Note]]]:
         shared_bytes=device.shared_bytes_per_block,
         compute_capability=device.compute_capability,
         only_notes=True,
+        occupancy=None if registers is None else occupancy,
     )
     try:
         yield noted

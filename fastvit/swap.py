@@ -20,7 +20,7 @@ from torch.torch_version import TorchVersion
 from fastvit.adapters import SwapTable, called_by_name, original_classes, registered_for
 from fastvit.adapters.reasons import LOOKS_LIKE_ONE, attends_by, why_not_fused
 from fastvit.kernels.spec import Spec
-from fastvit.modules.fused import ADDED_ATTRIBUTES, FusedForward
+from fastvit.modules.fused import ADDED_ATTRIBUTES, FusedForward, forget_warning
 from fastvit.ops.backends import (
     AUTOMATIC_ORDER,
     BACKENDS,
@@ -109,7 +109,7 @@ def swap(model: nn.Module, *, backend: str | None = None, strict: bool = False) 
     """
     _check_model(model)
     check_backend_name(backend)
-    table = registered_for(model)
+    table, originals = registered_for(model), original_classes()
     plan = list(_plan(model, table, backend))
     report = SwapReport(tuple(row for _, row in plan), _remarks(backend, plan, table))
     if strict and report.left_alone:
@@ -118,7 +118,7 @@ def swap(model: nn.Module, *, backend: str | None = None, strict: bool = False) 
         if row.action == FUSED:
             module.__class__ = table[type(module)]
         if row.action in (FUSED, ALREADY_FUSED) and isinstance(module, FusedForward):
-            _set_backend(module, backend)
+            _set_backend(module, backend, is_built=_is_built(module, originals))
     if any(row.action == FUSED for _, row in plan):
         _recompile()
     return report
@@ -136,6 +136,8 @@ def unswap(model: nn.Module) -> SwapReport:
     originals = original_classes()
     rows = []
     for name, module in model.named_modules():
+        if _is_built(module, originals):
+            _set_backend(module, None, is_built=True)
         if type(module) not in originals:
             if _derives_from_swapped(type(module), originals):
                 rows.append(SwapRow(name or "(root)", type(module).__name__, LEFT_ALONE, DERIVED))
@@ -143,6 +145,7 @@ def unswap(model: nn.Module) -> SwapReport:
         module.__class__ = originals[type(module)]
         for attribute in ADDED_ATTRIBUTES:
             module.__dict__.pop(attribute, None)
+        forget_warning(module)
         rows.append(SwapRow(name or "(root)", type(module).__name__, RESTORED))
     if any(row.action == RESTORED for row in rows):
         _recompile()
@@ -170,9 +173,11 @@ def _plan(model: nn.Module, table: SwapTable, backend: str | None) -> Iterator[t
         if id(module) in handled or (kind in table and not table[kind].fastvit_recognises(module)):
             continue
         if isinstance(module, FusedForward):
-            notes = [] if _derives_from_swapped(kind, originals) else ["built with fastvit.modules"]
+            is_built = _is_built(module, originals)
+            notes = ["built with fastvit.modules"] if is_built else []
             notes += kind.fastvit_fallbacks(module)
-            row = SwapRow(path, originals.get(kind, kind).__name__, ALREADY_FUSED, "; ".join(notes), shown)
+            runs_on = backend or _built_backend(module) or shown if is_built else shown
+            row = SwapRow(path, originals.get(kind, kind).__name__, ALREADY_FUSED, "; ".join(notes), runs_on)
         elif (how := called_by_name(module)) and not _holds_a_layer(module, table):
             row = SwapRow(path, kind.__name__, ALREADY_FUSED, how, "automatic")
         elif kind in table and not (obstacles := table[kind].fastvit_obstacles(module)):
@@ -241,10 +246,29 @@ def _said_around(module: nn.Module, table: SwapTable) -> str:
     return next(filter(None, notes), "")
 
 
-def _set_backend(module: nn.Module, backend: str | None) -> None:
-    module.__dict__.pop("_fastvit_backend", None)
+def _is_built(module: nn.Module, originals: dict[type[nn.Module], type[nn.Module]]) -> bool:
+    """Return whether a module was built with ``fastvit.modules``: it has no class to go back to."""
+    return isinstance(module, FusedForward) and not _derives_from_swapped(type(module), originals)
+
+
+def _built_backend(module: nn.Module) -> str | None:
+    """Return the backend that a built module's constructor was given."""
+    own = module.__dict__
+    return own.get("_fastvit_built_backend", own.get("_fastvit_backend"))
+
+
+def _set_backend(module: nn.Module, backend: str | None, is_built: bool) -> None:
+    """Set or take away the backend of a swap; a built module has its constructor's again without one."""
+    own = module.__dict__
+    before = _built_backend(module) if is_built else None
+    own.pop("_fastvit_built_backend", None)
+    own.pop("_fastvit_backend", None)
     if backend is not None:
-        module.__dict__["_fastvit_backend"] = backend
+        own["_fastvit_backend"] = backend
+        if is_built:
+            own["_fastvit_built_backend"] = before
+    elif before is not None:
+        own["_fastvit_backend"] = before
 
 
 def _remarks(backend: str | None, plan: list[tuple[nn.Module, SwapRow]], table: SwapTable) -> tuple[str, ...]:

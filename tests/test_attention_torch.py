@@ -92,6 +92,36 @@ BAD_INPUT: list[tuple[str, Callable[[], object], type[Exception], str]] = [
         "attn_mask: got a mask together with is_causal",
     ),
     (
+        "batches of another shape",
+        lambda: fastvit.scaled_dot_product_attention(torch.ones(2, 3, 1, 5, 8), *[torch.ones(3, 2, 1, 5, 8)] * 2),
+        ValueError,
+        r"key: got shape \(3, 2, 1, 5, 8\); accepted are leading dimensions \(2, 3, 1\)",
+    ),
+    (
+        "mask of a batch that is not there",
+        lambda: fastvit.scaled_dot_product_attention(*torch.ones(3, 2, 5, 8), torch.zeros(3, 5, 5)),
+        ValueError,
+        r"attn_mask: got shape \(3, 5, 5\); accepted is what broadcasts to \(2, 5, 5\)",
+    ),
+    (
+        "sdpa mask dtype",
+        lambda: fastvit.scaled_dot_product_attention(*qkv(), torch.ones(17, 17, dtype=torch.int32)),
+        TypeError,
+        "attn_mask: got dtype torch.int32",
+    ),
+    (
+        "sdpa mask gradient",
+        lambda: fastvit.scaled_dot_product_attention(*qkv(), torch.zeros(17, 17, requires_grad=True)),
+        NotImplementedError,
+        "attn_mask: requires grad",
+    ),
+    (
+        "sdpa mask type",
+        lambda: fastvit.scaled_dot_product_attention(*torch.ones(3, 2, 5, 8), [[0.0]]),  # type: ignore[arg-type]
+        TypeError,
+        "attn_mask: got list",
+    ),
+    (
         "gqa",
         lambda: fastvit.scaled_dot_product_attention(*qkv(heads=3)[:1], *qkv(heads=2)[1:], enable_gqa=True),
         ValueError,

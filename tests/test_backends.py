@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 import threading
@@ -10,11 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import fastvit
 from fastvit.kernels import native
+from fastvit.kernels.reference.precision import wider
 from fastvit.kernels.spec import AttentionSpec, PatchEmbedSpec
 from fastvit.ops import backends
+from fastvit.ops.when_imported import when_imported
 
 ROOT = Path(__file__).parent.parent
 SPEC = AttentionSpec(2, 3, 197, 197, 64, 64, torch.float32, None, False, torch.device("cpu"))
@@ -87,6 +91,18 @@ def test_backward_runs_where_forward_was_asked_to(monkeypatch: pytest.MonkeyPatc
     assert packed.grad is not None
 
 
+def test_an_automatic_forward_has_an_automatic_backward() -> None:
+    packed = torch.randn(1, 5, 3, 2, 8, requires_grad=True)
+    images, weight = torch.randn(1, 3, 8, 8, requires_grad=True), torch.randn(6, 3, 4, 4, requires_grad=True)
+    total = fastvit.attention_qkvpacked(packed).sum() + fastvit.patch_embed(images, weight).sum()
+    # On a GPU the engine's own thread would not see this block either.
+    with fastvit.backend("cuda"):
+        total.backward()
+        with pytest.raises(RuntimeError, match="backend 'cuda' cannot run this call"):
+            run()
+    assert all(leaf.grad is not None for leaf in (packed, images, weight))
+
+
 def test_a_compiled_graph_is_the_same_for_every_backend() -> None:
     graphs = []
 
@@ -152,3 +168,28 @@ def test_the_choice_is_quiet_where_it_was_measured() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run()
+
+
+def test_the_reference_needs_no_float64_where_there_is_none() -> None:
+    with FakeTensorMode():
+        on_mac, on_cpu = (torch.empty(2, 3, device=device) for device in ("mps", "cpu"))
+        assert (wider(on_mac).dtype, wider(on_mac.half()).dtype) == (torch.float32, torch.float32)
+        assert (wider(on_cpu).dtype, wider(on_cpu.half()).dtype) == (torch.float64, torch.float32)
+
+
+@pytest.mark.parametrize("is_imported", [True, False])
+def test_what_cannot_be_registered_with_torch_is_a_warning(is_imported: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "colorsys"  # of the standard library, imported by nobody
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    if is_imported:
+        importlib.import_module(name)
+
+    def fail() -> None:
+        raise ImportError("it has moved")
+
+    def register_and_import() -> None:
+        when_imported(name, fail)
+        importlib.import_module(name)
+
+    with pytest.warns(UserWarning, match="fastvit: nothing was registered with colorsys: it has moved"):
+        register_and_import()

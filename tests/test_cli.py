@@ -182,6 +182,26 @@ class TestDemo:
         assert [one["name"] for one in figures["times"]] == ["whole model", "patch embedding"]
         assert "no picture of the attention" in capsys.readouterr().out
 
+    @pytest.mark.parametrize(
+        ("model", "core"),
+        [
+            ("eva02_tiny_patch14_224", False),  # reads the weights of its projection
+            ("convit_tiny", True),  # has no head_dim
+            ("vit_small_patch16_dinov3", True),  # rotates query and key
+        ],
+    )
+    def test_layers_that_do_more_than_the_picture_knows(
+        self, model: str, core: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        status, figures = run_demo(tmp_path, "--model", model, "--repeats", "1")
+        assert status == 0
+        names = [one["name"] for one in figures["times"]]
+        assert ("attention core (no projections)" in names) == core
+        assert "attention layer (with projections)" in names
+        is_drawn = figures["pictures"]["attention"] is not None
+        assert is_drawn == (model == "convit_tiny")
+        assert is_drawn or "no picture of the attention: the layer does more" in capsys.readouterr().out
+
     def test_a_model_with_a_bare_patch_convolution(self, tmp_path: Path) -> None:
         status, figures = run_demo(tmp_path, "--model", "convnext_atto", "--repeats", "1")
         assert status == 0

@@ -49,6 +49,18 @@ class TestCheck:
         assert not CONTROL.search(output)
         assert "only CUDA tensors" in output
 
+    def test_a_backend_is_asked_about_the_dtypes_that_are_checked(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        # As on a GPU: what is left are its reasons against float32.
+        monkeypatch.setattr(cuda, "_device_why_not", lambda device: [])
+        device, all_dtypes = torch.device("cpu"), list(DTYPES.values())
+        for dtypes in (all_dtypes, [torch.bfloat16]):
+            assert check._who_runs("cuda", [device], dtypes) == ([("cuda", device)], [])
+            assert ("cuda", device) in check._who_runs(None, [device], dtypes)[0]
+        line = error_line(capsys, "check", "--backend", "cuda", "--dtype", "float32", "--device", "cpu")
+        assert "dtype torch.float32: only float16 and bfloat16" in line
+
     def test_a_planted_wrong_kernel_misses(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -104,6 +104,19 @@ def test_which_form_a_shape_takes(emulator: ModuleType) -> None:
     assert launched(197, heads=1) == (2, 2 * 208 * row + 7 * 16 * row)
     # Too long for shared memory: streaming, 128 queries to a block.
     assert launched(1025, heads=1) == (9, 4 * 64 * row + 128 * row)
+    # By shared memory five blocks of a short sequence share a multiprocessor; registers may have room for two.
+    assert launched(50, heads=30)[0] == 15
+    asked = []
+
+    def occupancy(kernel: str, threads: int, shared_bytes: int) -> int:
+        asked.append((kernel, threads, shared_bytes))
+        return 2
+
+    emulator.configure(occupancy=occupancy)
+    assert launched(50, heads=30)[0] == 6
+    ((kernel, threads, shared_bytes),) = asked
+    assert "attention_forward_resident" in kernel
+    assert (threads, shared_bytes) == emulator.launches()[0][2:]
 
 
 def test_persistent_blocks_take_many_heads_and_a_part_of_one(hold: Callable, emulator: ModuleType) -> None:

@@ -110,6 +110,20 @@ def test_only_the_gradients_that_are_needed() -> None:
     assert "fastvit::patch_embed_backward_images" not in names
 
 
+# The public functions do not call a kernel for nothing; a graph or another program may.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(0, 3, 32, 32), (1, 3, 0, 32)])
+def test_the_native_ops_take_no_tokens(size: tuple[int, ...], dtype: torch.dtype) -> None:
+    native = torch.ops.fastvit_native
+    images, weight = torch.zeros(size, dtype=dtype), torch.ones(8, 3, 16, 16, dtype=dtype)
+    bias, tokens = torch.ones(8, dtype=dtype), torch.zeros(size[0], size[2] // 16 * 2, 8, dtype=dtype)
+    native.patch_embed_forward(images, weight, bias, tokens, None)
+    native.patch_embed_backward_images(tokens, weight, images)
+    native.patch_embed_backward_weight(tokens, images, weight, bias, None)
+    assert not weight.any()
+    assert not bias.any()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_empty_batch_and_its_gradients(backend: str) -> None:
     images, weight = torch.randn(0, 3, 16, 16, requires_grad=True), torch.randn(4, 3, 8, 8, requires_grad=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -273,7 +275,24 @@ def test_attention_dropout_in_training_is_timms() -> None:
     assert ops_run(lambda: model(images())) == {PATCHES}
     assert ops_run(lambda: model.eval()(images())) == {PACKED, PATCHES}
     unswap(model)
-    assert "_fastvit_warned" not in model.blocks[0].attn.__dict__
+    swap(model)
+    with pytest.warns(UserWarning, match=r"attention dropout \(p=0.3\) has no kernel yet"):
+        model.train()(images())
+
+
+def test_a_loaded_module_says_again_that_it_runs_its_plain_forward(tmp_path: Path) -> None:
+    module = nn.MultiheadAttention(32, 4, batch_first=True)
+    swap(module)
+    x = normal(1, 5, 32)
+    with pytest.warns(UserWarning, match="need_weights=True"):
+        module(x, x, x)
+    torch.save(module, tmp_path / "module.pt")
+    for other in (torch.load(tmp_path / "module.pt", weights_only=False), copy.deepcopy(module)):
+        with pytest.warns(UserWarning, match="need_weights=True"):
+            other(x, x, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        module(x, x, x)
 
 
 def test_monte_carlo_dropout_in_an_unfused_model() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -198,6 +199,24 @@ def test_modules_built_fused_are_reported_and_kept() -> None:
     assert "built with fastvit.modules" in str(report)
     assert unswap(model).rows == ()
     assert type(model.patch_embed) is PatchEmbed
+
+
+def test_modules_built_fused_keep_the_backend_they_were_built_with() -> None:
+    from fastvit.modules import Attention
+
+    for built in (None, "reference"):
+        module = Attention(48, 3, backend=built)
+        before, x = module.__dict__.keys(), torch.randn(1, 5, 48)
+        assert swap(module).rows[0].backend == (built or "automatic")
+        assert module._fastvit_backend == built
+        assert swap(module, backend="cuda").rows[0].backend == "cuda"
+        with pytest.raises(RuntimeError, match="backend 'cuda' cannot run this call"):
+            module(x)
+        assert swap(copy.deepcopy(module)).rows[0].backend == (built or "automatic")
+        unswap(module)
+        assert module._fastvit_backend == built
+        assert module.__dict__.keys() == before
+        module(x)
 
 
 def test_a_root_module_swaps_itself() -> None:

@@ -212,7 +212,6 @@ def test_masks_of_rotary_attention(name: str) -> None:
     assert torch.equal(
         torch.autograd.grad(actual.sum(), learned)[0], torch.autograd.grad(expected[-1].sum(), learned)[0]
     )
-    assert "_fastvit_warned" in attention.__dict__
 
 
 def test_rotary_queries_wider_than_the_values() -> None:

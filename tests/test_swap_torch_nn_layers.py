@@ -103,6 +103,29 @@ def test_encoders_attend_fused_in_every_mode(options: dict[str, Any], call: str)
         assert ops_run(lambda: model(x, **call)) == set()
 
 
+class AddsToTheMask(nn.Module):
+    """Somebody's attention: torch's, with a bias of distance on top of the mask that it is given."""
+
+    def __init__(self, attention: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, **rest: Any) -> Any:
+        return self.attention(query, key, value, attn_mask=attn_mask - torch.arange(key.shape[1]) / 8, **rest)
+
+
+def test_self_attn_is_given_additive_masks_as_by_torch() -> None:
+    # In training, where torch does not pass self_attn by.
+    layer = lively(nn.TransformerEncoderLayer(**SIZES, batch_first=True, dropout=0.0)).train()
+    layer.self_attn = AddsToTheMask(layer.self_attn)
+    x, future = tokens(), torch.ones(12, 12, dtype=torch.bool).triu(1)
+    call = {"src_mask": future, "src_key_padding_mask": padding(12, 7, 5, 1)}
+    expected = layer(x, **call)
+    assert swap(layer, strict=True).counts["fused"] == 2
+    torch.testing.assert_close(layer(x, **call), expected, rtol=1e-5, atol=1e-5)
+    assert ops_run(lambda: layer(x, **call)) == {PACKED}
+
+
 def test_nested_tensors_are_still_made_of_padding() -> None:
     model = encoder(norm=False)
     fused = swapped(model)

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fastvit
+from fastvit.kernels import native
 from fastvit.swap import swap
 from fastvit.testing import (
     AttentionCase,
@@ -203,6 +205,26 @@ def test_check_model_sees_a_swap_that_computes_something_else(monkeypatch: pytes
 
     monkeypatch.setattr(adapter.FusedMultiheadAttention, "forward", off)
     assert not all(comparison.passed for comparison in check_model(model, x))
+
+
+@pytest.mark.usefixtures("python_calls")
+@pytest.mark.parametrize("build", [fastvit.modules.Attention, fastvit.modules.PatchEmbed])
+def test_check_model_compares_built_modules_with_torch(
+    build: type[torch.nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_attention = build is fastvit.modules.Attention
+    model = livened(build(32, 2) if is_attention else build(img_size=16, patch_size=4, embed_dim=32))
+    x = torch.randn(2, 17, 32) if is_attention else torch.randn(2, 3, 16, 16)
+    assert all(comparison.passed for comparison in check_model(model, x))
+    name = "attention_forward" if is_attention else "patch_embed_forward"
+    right = getattr(native, name)
+
+    def wrong(*tensors: Any, **options: Any) -> None:
+        right(*tensors, **options)
+        (tensors[4] if is_attention else tensors[3]).zero_()
+
+    monkeypatch.setattr(native, name, wrong)
+    assert not all(comparison.passed for comparison in check_model(model, x, backward=False))
 
 
 def test_patches_are_cut_in_both_of_torchs_ways() -> None:

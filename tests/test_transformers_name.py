@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastvit
+from fastvit.kernels import native
 from fastvit.swap import swap, unswap
-from fastvit.testing import Comparison, compare
+from fastvit.testing import Comparison, check_model, compare
 from tests.swapping import SEPARATE, forward_backward, normal, ops_run, run_python, state
 
 transformers = pytest.importorskip("transformers")
@@ -248,3 +249,19 @@ def test_what_sdpa_can_do_and_we_cannot(case: str) -> None:
     with _warned_afresh(), pytest.warns(UserWarning, match=r"^Layer: .*, so its calls run transformers' own attention"):
         actual, _ = attention_forward(layer, *tensors, mask, **options)
     assert torch.equal(actual, expected)
+
+
+@pytest.mark.usefixtures("python_calls")
+def test_check_model_holds_a_model_by_name_to_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = MODELS["vit"][0](), MODELS["vit"][1]()
+    model.model.set_attn_implementation("fastvit")
+    assert all(comparison.passed for comparison in check_model(model, inputs))
+    assert model.model.config._attn_implementation == "fastvit"
+    right = native.attention_forward
+
+    def wrong(*tensors: Any, **options: Any) -> None:
+        right(*tensors, **options)
+        tensors[4].zero_()
+
+    monkeypatch.setattr(native, "attention_forward", wrong)
+    assert not all(comparison.passed for comparison in check_model(model, inputs, backward=False))

@@ -141,9 +141,13 @@ class AttentionBackward {
   void run_leaves(int64_t first, int64_t last, T* sums) {
     // Without a query there is one leaf, and no block that would begin its sums.
     for (int64_t i = 0; blocks_ == 0 && i < sums_size_; ++i) sums[i] = 0;
-    for (int64_t begin = first_block(first), end = first_block(last); begin < end; begin += group_) {
-      const int64_t group_end = min64(begin + group_, end);
-      run_group({begin, group_end, first, p_.is_causal ? min64(p_.seqlen_k, group_end * W) : p_.seqlen_k, {}}, sums);
+    for (int64_t begin = first_block(first), end = first_block(last); begin < end;) {
+      // Groups lie as in a whole head, wherever the leaves begin: to the end of its group a block sees keys that are
+      // masked, and where those are NaN it shows.
+      const int64_t next = (begin / group_ + 1) * group_;
+      const int64_t keys = p_.is_causal ? min64(p_.seqlen_k, next * W) : p_.seqlen_k;
+      run_group({begin, min64(next, end), first, keys, {}}, sums);
+      begin = next;
     }
   }
 

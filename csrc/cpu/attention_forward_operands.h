@@ -139,7 +139,8 @@ class ForwardOperands<BFloat16> {
     p = p * r + 0.240221197f;
     p = p * r + 0.693146971f;
     p = p * r + 1.0f;
-    return x < -126.0f ? Vec<float>{} : (Vec<float>)((I)p + ((I)shifted << 23));
+    // As in exp: 0 or the NaN that x is.
+    return x >= -126.0f ? (Vec<float>)((I)p + ((I)shifted << 23)) : maximum(Vec<float>{}, x);
   }
 
   void store_exponentials(int64_t i, int64_t key, Vec<float> low, Vec<float> high) const {

@@ -32,7 +32,7 @@ class AttentionForwardTiles {
         keys_per_block_(round_up(ceil_div(tiled_.seqlen_k, ceil_div(tiled_.seqlen_k, Operands::kKeys)), kTilePanel)),
         padded_dim_v_(round_up(p.head_dim_v, kTilePanel)),
         operands_(tiled_, keys_per_block_),
-        folded_(p.bias.type == BiasType::kNone && p.scale > 0),
+        folded_(p.bias.type == BiasType::kNone && operands_.scale() > 0),
         scale_(folded_ ? 1 : operands_.scale()),
         left_(folded_ ? operands_.scale() : 1),
         factor_(left_ * Operands::kLogOfBase) {}

@@ -92,7 +92,8 @@ inline Vec<float> exp(Vec<float> x) {
   p = p * r + 1.0f;
   p = p * r + 1.0f;
   const I bits = (I)p + ((I)shifted << 23);
-  return x < -87.33f ? Vec<float>{} : (Vec<float>)bits;
+  // The sum of bits makes a number of many a NaN; what is not from -87.33 up is 0 or that NaN.
+  return x >= -87.33f ? (Vec<float>)bits : maximum(Vec<float>{}, x);
 }
 // Speed does not matter in double precision; the library's exp does.
 inline Vec<double> exp(Vec<double> x) {

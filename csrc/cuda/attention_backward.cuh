@@ -227,8 +227,10 @@ bool try_resident_backward(BackwardArguments& p, const DeviceLimits& device, voi
       std::max<int64_t>(1, device.shared_bytes_per_multiprocessor / (shared + kReservedSharedBytes));
   const int warps = balanced_warps(tiles, kMostWarps / int(std::min<int64_t>(side_by_side, kMostWarps / kFewWarps)));
   p.items = int(heads);
-  const int64_t blocks = std::min(heads, device.multiprocessors * side_by_side);
-  launch(attention_backward_resident<T, kDim, kMasked>, {blocks, warps * kWarpThreads, int(shared)}, stream, p);
+  const auto kernel = attention_backward_resident<T, kDim, kMasked>;
+  const int threads = warps * kWarpThreads;
+  const int64_t at_once = device.multiprocessors * resident_blocks(kernel, device, threads, shared);
+  launch(kernel, {std::min(heads, at_once), threads, int(shared)}, stream, p);
   return true;
 }
 

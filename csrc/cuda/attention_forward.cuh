@@ -318,16 +318,15 @@ bool try_resident(ForwardArguments& p, const DeviceLimits& device, void* stream)
   // Fewer heads than multiprocessors: several blocks share the queries of a head.
   p.parts = int(std::clamp<int64_t>(device.multiprocessors / heads, 1, ceil_div(tiles, warps)));
   p.items = int(heads * p.parts);
-  // A second stage hides the next head's way to shared memory, if two blocks still fit side by side or one has to do.
+  // A second stage hides the next head's way to shared memory, where there is room and a block has several heads.
   const int64_t two_stages = 2 * head_bytes + query_bytes;
   const bool fits = two_stages <= device.shared_bytes_per_block;
   p.stages = fits && p.items > device.multiprocessors ? 2 : 1;
   const int64_t shared = p.stages == 2 ? two_stages : head_bytes + query_bytes;
-  const int64_t side_by_side =
-      std::max<int64_t>(1, device.shared_bytes_per_multiprocessor / (shared + kReservedSharedBytes));
-  const int64_t blocks = std::min<int64_t>(p.items, device.multiprocessors * side_by_side);
-  launch(attention_forward_resident<T, kDim, kM, kTiles, kMasked>, {blocks, warps * kWarpThreads, int(shared)}, stream,
-         p);
+  const auto kernel = attention_forward_resident<T, kDim, kM, kTiles, kMasked>;
+  const int threads = warps * kWarpThreads;
+  const int64_t at_once = device.multiprocessors * resident_blocks(kernel, device, threads, shared);
+  launch(kernel, {std::min<int64_t>(p.items, at_once), threads, int(shared)}, stream, p);
   return true;
 }
 

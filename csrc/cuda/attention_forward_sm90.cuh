@@ -216,8 +216,10 @@ __device__ __forceinline__ void consume(
   RingPlace<Form::kMostStages> ring;
   RingPlace<Form::kQuerySlots> slot;
   int ahead = consumer;  // the next tile that is mine, seen from the first of the next item
-  // One arrival a warp: each says that its own reads are done.
+  // One arrival a warp: each says that its own reads are done. No lane may still wait for the phase that this one lets
+  // go: it would see the parity of the next.
   auto release = [](uint32_t empty) {
+    warp_barrier();
     if (lane_index() == 0) mbarrier_arrive(empty);
   };
 #pragma unroll 1
@@ -318,6 +320,7 @@ void launch_sm90(const AttentionParams& params, const DeviceLimits& device, void
   using Form = FormSm90<kDim, kKeys, kOnePass, kConsumers>;
   const auto kernel = attention_forward_sm90<T, kDim, kKeys, kOnePass, kConsumers>;
   ForwardArgumentsSm90 p;
+  bind_context();
   p.query = tensor_map<T>(params.query, params.batch, params.num_heads, params.seqlen_q, kDim, kWarpgroupRows);
   p.key = tensor_map<T>(params.key, params.batch, params.num_heads, params.seqlen_k, kDim, Form::kBoxRows);
   p.value = tensor_map<T>(params.value, params.batch, params.num_heads, params.seqlen_k, kDim, Form::kBoxRows);

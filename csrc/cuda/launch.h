@@ -1,6 +1,7 @@
 // Launching a kernel, and what the launchers ask of a device: on CUDA, or in the emulator.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -37,6 +38,16 @@ inline DeviceLimits device_limits() {
           settings.compute_capability};
 }
 
+// How many blocks of a kernel share a multiprocessor, at least 1: persistent blocks beyond them would wait until a
+// whole one has ended. The emulator knows no registers, unless it was told what they leave room for.
+template <typename Params>
+int64_t resident_blocks(void (*kernel)(Params), const DeviceLimits& device, int threads, int64_t shared_bytes) {
+  const int shared = device.shared_bytes_per_multiprocessor / (int(shared_bytes) + kReservedSharedBytes);
+  const auto& occupancy = emulator::settings().occupancy;
+  return std::max(
+      1, occupancy ? occupancy({reinterpret_cast<const void*>(kernel), 0, threads, int(shared_bytes)}) : shared);
+}
+
 template <typename Params>
 void launch(void (*kernel)(Params), const LaunchShape& shape, void*, const Params& params) {
   emulator::run({reinterpret_cast<const void*>(kernel), shape.blocks, shape.threads, shape.shared_bytes},
@@ -66,13 +77,32 @@ inline DeviceLimits device_limits() {
   return limits;
 }
 
+// Lets a kernel ask for as much shared memory as a block may have. Never for less: the limit is the kernel's, not the
+// launch's, and another thread may be about to launch it with more.
+template <typename Params>
+void allow_shared_bytes(void (*kernel)(Params), int64_t shared_bytes) {
+  constexpr int kWithoutOptIn = 48 * 1024;
+  if (shared_bytes <= kWithoutOptIn) return;
+  int device = 0, most = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory per block");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "shared memory of a kernel");
+}
+
+// How many blocks of a kernel share a multiprocessor, at least 1: persistent blocks beyond them would wait until a
+// whole one has ended.
+template <typename Params>
+int64_t resident_blocks(void (*kernel)(Params), const DeviceLimits&, int threads, int64_t shared_bytes) {
+  int blocks = 0;
+  allow_shared_bytes(kernel, shared_bytes);
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, size_t(shared_bytes)),
+        "blocks per multiprocessor");
+  return std::max(1, blocks);
+}
+
 template <typename Params>
 void launch(void (*kernel)(Params), const LaunchShape& shape, void* stream, const Params& params) {
-  constexpr int kWithoutOptIn = 48 * 1024;
-  if (shape.shared_bytes > kWithoutOptIn) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes),
-          "shared memory of a kernel");
-  }
+  allow_shared_bytes(kernel, shape.shared_bytes);
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(shape.blocks));
   config.blockDim = dim3(unsigned(shape.threads));

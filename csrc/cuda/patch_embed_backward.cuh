@@ -201,8 +201,8 @@ void patch_embed_backward_weight_dtype(const PatchEmbedParams& params, void* scr
   const int64_t blocks = int64_t(p.tiles) * p.splits;
   launch(patch_embed_backward_weight<T, LargeTile>, {blocks, LargeTile::kThreads, LargeTile::kSharedBytes}, stream, p);
   const int64_t items = p.embed_dim * (p.scratch_columns / kScratchElements + 1);
-  // Eight blocks of 256 threads are what a multiprocessor holds.
-  const int64_t at_once = int64_t(device_limits().multiprocessors) * 8;
+  const DeviceLimits device = device_limits();
+  const int64_t at_once = device.multiprocessors * resident_blocks(patch_embed_reduce<T>, device, kReduceThreads, 0);
   launch(patch_embed_reduce<T>, {std::min(ceil_div(items, kReduceThreads), at_once), kReduceThreads, 0}, stream, p);
 }
 

@@ -24,7 +24,19 @@ inline bool has_tensor_map(const View4& view, int64_t batch, int64_t heads, int6
   return true;
 }
 
-#ifndef FASTVIT_EMULATOR
+#ifdef FASTVIT_EMULATOR
+
+inline void bind_context() {}
+
+#else
+
+// A function of the driver needs a context that is current in this thread. The runtime makes it so with the first call
+// that works with a device, which in a new thread this may be.
+inline void bind_context() {
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaSetDevice(device), "cudaSetDevice");
+}
 
 // From the runtime, so that nothing is linked with the driver's library.
 inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {

@@ -25,6 +25,13 @@
 
 namespace fastvit::emulator {
 
+struct Launch {
+  const void* kernel;
+  int64_t blocks;
+  int threads;
+  int shared_bytes;
+};
+
 struct Settings {
   // Few multiprocessors, so that persistent blocks get more than one piece of work.
   int multiprocessors = 3;
@@ -34,13 +41,8 @@ struct Settings {
   uint64_t seed = 0;
   // Launches are only noted, and nothing is computed.
   bool only_notes = false;
-};
-
-struct Launch {
-  const void* kernel;
-  int64_t blocks;
-  int threads;
-  int shared_bytes;
+  // How many blocks of a launch share a multiprocessor, where shared memory alone does not say.
+  std::function<int(const Launch&)> occupancy;
 };
 
 Settings& settings();

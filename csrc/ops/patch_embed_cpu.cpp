@@ -15,6 +15,7 @@ using Kernel = void (*)(const PatchEmbedParams&, int64_t, int64_t);
 
 void run(const Tensor& images, const PatchEmbedParams& p, Tasks tasks, Kernel kernel) {
   check_cpu(images, "images");
+  if (p.batch * p.rows * p.columns == 0) return;
   torch::stable::parallel_for(0, tasks(p), 1, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
 }
 
@@ -28,8 +29,12 @@ void patch_embed_forward(const Tensor& images, const Tensor& weight, const std::
 void patch_embed_backward_weight(const Tensor& grad_output, const Tensor& images, Tensor& grad_weight,
                                  const std::optional<Tensor>& grad_bias, const PatchStride& stride) {
   const cpu::KernelTable& kernels = cpu::kernels();
-  run(images, patch_embed_params(images, grad_weight, grad_bias, grad_output, stride),
-      kernels.patch_embed_backward_weight_tasks, kernels.patch_embed_backward_weight);
+  const PatchEmbedParams p = patch_embed_params(images, grad_weight, grad_bias, grad_output, stride);
+  if (p.batch * p.rows * p.columns == 0) {
+    torch::stable::zero_(grad_weight);
+    if (grad_bias.has_value()) torch::stable::fill_(*grad_bias, 0);
+  }
+  run(images, p, kernels.patch_embed_backward_weight_tasks, kernels.patch_embed_backward_weight);
 }
 
 void patch_embed_backward_images(const Tensor& grad_output, const Tensor& weight, Tensor& grad_images) {

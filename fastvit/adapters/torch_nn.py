@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import ClassVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvit.adapters import register_swap, runs_fused
@@ -80,11 +81,26 @@ class FusedTransformerEncoderLayer(FusedForward, nn.TransformerEncoderLayer):
 
         Source: Xiong et al. 2020, figure 1: norms behind the residuals, or before the blocks with ``norm_first``.
         """
+        # As torch's own forward does first: what self_attn is given, or a hook on it, is additive.
+        src_key_padding_mask = _additive_mask("src_key_padding_mask", src_key_padding_mask, src, src_mask)
+        src_mask = _additive_mask("src_mask", src_mask, src)
         if self.norm_first:
             src = src + self._sa_block(self.norm1(src), src_mask, src_key_padding_mask, is_causal=is_causal)
             return src + self._ff_block(self.norm2(src))
         src = self.norm1(src + self._sa_block(src, src_mask, src_key_padding_mask, is_causal=is_causal))
         return cast(Tensor, self.norm2(src + self._ff_block(src)))
+
+
+@torch.fx.wrap
+def _additive_mask(name: str, mask: Tensor | None, src: Tensor, other: Tensor | None = None) -> Tensor | None:
+    """Return a mask with -inf where it was True, else as it is; torch warns if ``other`` has another dtype."""
+    return F._canonical_mask(
+        mask=mask,
+        mask_name=name,
+        other_type=None if other is None else other.dtype,
+        other_name="src_mask",
+        target_type=src.dtype,
+    )
 
 
 @torch.fx.wrap

@@ -59,8 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Apply the rule, print a line per case, and return 1 if anything missed it."""
     check_json_path(arguments.json)
     where = [check_device(arguments.device)] if arguments.device else devices()[:2]
-    pairs, not_run = _who_runs(arguments.backend, where)
     dtypes = [DTYPES[arguments.dtype]] if arguments.dtype else list(DTYPES.values())
+    pairs, not_run = _who_runs(arguments.backend, where, dtypes)
     cases = _cases(dtypes, arguments.quick)
     console = make_console(arguments.json)
     started = time.perf_counter()
@@ -88,29 +88,35 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _who_runs(
-    asked: str | None, where: list[torch.device]
+    asked: str | None, where: list[torch.device], dtypes: list[torch.dtype]
 ) -> tuple[list[tuple[str, torch.device]], list[dict[str, str]]]:
     pairs, not_run = [], []
     for device in where:
-        specs = standard_specs(device, torch.float32).values()
         for name in [asked] if asked else BACKENDS:
-            reasons = {why: None for spec in specs for why in BACKENDS[name].why_not(spec)}
+            reasons = _reasons_anywhere(name, device, dtypes)
             if not asked and not reasons and name == "triton" and device.type == "cpu":
-                reasons = {"on a CPU it runs under Triton's interpreter, very slowly: ask with --backend triton": None}
+                reasons = ["on a CPU it runs under Triton's interpreter, very slowly: ask with --backend triton"]
             if reasons:
                 not_run.append({"backend": name, "device": str(device), "why": "; ".join(reasons)})
             else:
                 pairs.append((name, device))
     if not pairs:
         why = "; ".join(f"on {line['device']}: {line['why']}" for line in not_run)
-        can = {name for device in where for name in BACKENDS if not _reasons_anywhere(name, device)}
+        can = {name for device in where for name in BACKENDS if not _reasons_anywhere(name, device, dtypes)}
         accepted = f"accepted on {', '.join(map(str, where))}: {', '.join(n for n in BACKENDS if n in can) or 'none'}"
         raise BadInputError(f"--backend: got {asked!r}, which cannot run here ({why}); {accepted}")
     return pairs, not_run
 
 
-def _reasons_anywhere(name: str, device: torch.device) -> list[str]:
-    return [why for spec in standard_specs(device, torch.float32).values() for why in BACKENDS[name].why_not(spec)]
+def _reasons_anywhere(name: str, device: torch.device, dtypes: list[torch.dtype]) -> list[str]:
+    """Return why a backend runs nothing on a device: no reasons where it runs one of the dtypes."""
+    by_dtype = [
+        [why for spec in standard_specs(device, dtype).values() for why in BACKENDS[name].why_not(spec)]
+        for dtype in dtypes
+    ]
+    if not all(by_dtype):
+        return []
+    return list(dict.fromkeys(why for reasons in by_dtype for why in reasons))
 
 
 def _cases(dtypes: list[torch.dtype], quick: bool) -> list[Case]:

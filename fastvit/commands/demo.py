@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastvit.ops as ops
 from fastvit.commands import (
@@ -148,8 +148,9 @@ def _races(subject: Subject, rounds: int | None) -> list[Race]:
 
     races: list[Race] = []
     add("whole model", lambda: original(subject.images), lambda: swapped(subject.images), MODEL_SECONDS)
-    if (qkv := subject.qkv) is not None and subject.attention is not None:
+    if subject.attention is not None:
         add("attention layer (with projections)", *layers(subject.attention, subject.attention_call))
+    if (qkv := subject.qkv) is not None:
         backend = subject.backend
         add("attention core (no projections)", lambda: _core_torch(qkv), lambda: _core_fastvit(qkv, backend))
     if subject.patch_embed is not None:
@@ -166,10 +167,14 @@ def _attention_map(subject: Subject) -> tuple[Tensor, str] | None:
         subject.notes.append("no picture of the attention: the swap found no attention layer of timm's")
         return None
     layer = subject.swapped.get_submodule(subject.attention)
-    (tokens, *_), _ = subject.attention_call
-    qkv = layer.qkv(tokens[:1]).unflatten(-1, (3, layer.num_heads, layer.head_dim))
-    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    query, key = layer.q_norm(query), layer.k_norm(key)
+    (_, *others), named = subject.attention_call
+    # A mask, a rotation, whatever the layer is given beside its tokens; and what some keep to add to the scores.
+    given = [value for value in (*others, *named.values()) if value is not None and value is not False]
+    if subject.qkv is None or given or getattr(layer, "relative_position_bias_table", None) is not None:
+        subject.notes.append("no picture of the attention: the layer does more with query and key than is drawn here")
+        return None
+    query, key, value = subject.qkv[:1].permute(2, 0, 3, 1, 4).unbind(0)
+    query, key = (getattr(layer, name, nn.Identity())(tensor) for name, tensor in (("q_norm", query), ("k_norm", key)))
     prefix, seqlen = getattr(subject.original, "num_prefix_tokens", 0), key.shape[2]
     grid = getattr(getattr(subject.original, "patch_embed", None), "grid_size", None)
     if not grid or grid[0] * grid[1] != seqlen - prefix:
@@ -180,7 +185,7 @@ def _attention_map(subject: Subject) -> tuple[Tensor, str] | None:
     else:
         row, whose = query[:, :, prefix:].mean(dim=2, keepdim=True), "mean query (there is no CLS token)"
     result = ops.attention(row, key, value, return_lse=True, backend=subject.backend)
-    scores = layer.head_dim**-0.5 * (row.float() @ key.float().transpose(-2, -1))  # [1, H, 1, N]
+    scores = row.shape[-1] ** -0.5 * (row.float() @ key.float().transpose(-2, -1))  # [1, H, 1, N]
     weights = torch.exp(scores - result[1].unsqueeze(-1))[0, :, 0]  # [H, N]
     return (weights[:, prefix:] * seqlen).unflatten(-1, tuple(grid)).cpu(), whose
 

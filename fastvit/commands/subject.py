@@ -163,8 +163,8 @@ def receive(subject: Subject) -> None:
         if name is not None:
             layer = subject.original.get_submodule(name)
             hooks.append(layer.register_forward_pre_hook(keep(key), with_kwargs=True))
-    if subject.attention is not None:
-        projection = subject.original.get_submodule(subject.attention).qkv
+    projection = getattr(subject.original.get_submodule(subject.attention), "qkv", None) if subject.attention else None
+    if isinstance(projection, nn.Module):
         hooks.append(projection.register_forward_hook(lambda module, args, output: calls.__setitem__("qkv", output)))
     subject.original(subject.images)
     for hook in hooks:
@@ -172,8 +172,14 @@ def receive(subject: Subject) -> None:
     if subject.attention is not None:
         layer = subject.original.get_submodule(subject.attention)
         subject.attention_call = calls["attention"]
-        subject.qkv = calls["qkv"].unflatten(-1, (3, layer.num_heads, layer.head_dim))
-        subject.specs["attention"] = _attention_spec(subject.qkv)
+        if "qkv" in calls:
+            subject.qkv = calls["qkv"].unflatten(-1, (3, layer.num_heads, -1))
+            subject.specs["attention"] = _attention_spec(subject.qkv)
+        else:
+            # Some read the weights of their projection, or have three.
+            subject.notes.append(
+                "the attention core has no row of its own: the layer does not call a packed projection"
+            )
     if subject.patch_embed is not None:
         subject.patch_call = calls["patch_embed"]
         layer = subject.original.get_submodule(subject.patch_embed)

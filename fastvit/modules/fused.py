@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from typing import ClassVar
 
 import torch
@@ -11,7 +12,9 @@ from torch.nn.modules import module as torchs_module
 
 from fastvit.kernels.spec import Spec
 
-ADDED_ATTRIBUTES = ("_fastvit_backend", "_fastvit_warned")
+ADDED_ATTRIBUTES = ("_fastvit_backend", "_fastvit_built_backend")
+# Modules that have said that they run their plain forward. Not in the modules: a copy or a saved one has not said it.
+_WARNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class FusedForward(nn.Module):
@@ -54,9 +57,9 @@ class FusedForward(nn.Module):
 
     def _warn_fallback(self, reason: str) -> None:
         # A warning is a graph break in some compilers, and a compiled module has been warned about when it ran eagerly.
-        if torch.compiler.is_compiling() or self.__dict__.get("_fastvit_warned"):
+        if torch.compiler.is_compiling() or self in _WARNED:
             return
-        self.__dict__["_fastvit_warned"] = True
+        _WARNED.add(self)
         warnings.warn(f"{type(self).__name__}: {reason}, so this module runs its plain forward", stacklevel=3)
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -71,6 +74,11 @@ class FusedForward(nn.Module):
         notes = [f"backend={self._fastvit_backend or 'automatic'}", *self.fastvit_fallbacks(self)]
         plain = super().extra_repr()
         return "; ".join([plain, *notes] if plain else notes)
+
+
+def forget_warning(module: nn.Module) -> None:
+    """Have a module say again that it runs its plain forward, should it be swapped another time."""
+    _WARNED.discard(module)
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -5,6 +5,7 @@ They check their input and call the ops of attention_op.py.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, overload
 
 import torch
@@ -213,7 +214,8 @@ def scaled_dot_product_attention(
         [..., Hq, L, Ev] in query's dtype.
 
     Raises:
-        As :func:`attention`; NotImplementedError for ``dropout_p`` > 0.
+        As :func:`attention`; ValueError for leading dimensions of key or value that are not query's;
+        NotImplementedError for ``dropout_p`` > 0.
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
@@ -232,11 +234,17 @@ def scaled_dot_product_attention(
         raise ValueError("attn_mask: got a mask together with is_causal=True; accepted is one of the two")
     if enable_gqa:
         key, value = _repeat_heads("key", key, query), _repeat_heads("value", value, query)
+    leading = query.shape[:-2]
+    # As [B, H, N, D] batches that only hold as many would look alike.
+    for name, tensor in (("key", key), ("value", value)):
+        if query.dim() > 4 and tensor.shape[:-2] != leading:
+            raise ValueError(
+                f"{name}: got shape {tuple(tensor.shape)}; accepted are leading dimensions {tuple(leading)} as query's"
+            )
+    if attn_mask is not None:
+        attn_mask = _mask_as_bias(attn_mask, query, key)
     if query.dim() == 4:
         return attention(query, key, value, bias=attn_mask, is_causal=is_causal, scale=scale)
-    leading = query.shape[:-2]
-    if attn_mask is not None and attn_mask.dim() > 2 and len(leading) != 2:
-        attn_mask = _as_rank_4(attn_mask.expand(*leading, *attn_mask.shape[-2:]))
     output = attention(
         _as_rank_4(query), _as_rank_4(key), _as_rank_4(value), bias=attn_mask, is_causal=is_causal, scale=scale
     )
@@ -247,6 +255,21 @@ def _as_rank_4(tensor: Tensor) -> Tensor:
     if tensor.dim() <= 3:
         return tensor.unflatten(0, (1, tensor.shape[0])) if tensor.dim() == 3 else tensor[None, None]
     return tensor.flatten(0, -4)
+
+
+def _mask_as_bias(attn_mask: Tensor, query: Tensor, key: Tensor) -> Tensor | None:
+    """Return ``attn_mask`` as :func:`attention` takes it for the operands of rank 4, else raise."""
+    if query.dim() == 4 or not isinstance(attn_mask, Tensor):
+        return check_bias("attn_mask", attn_mask, query, (*query.shape[:3], key.shape[-2]))
+    leading, lengths = query.shape[:-2], (query.shape[-2], key.shape[-2])
+    scores = (*leading, *lengths)
+    given = zip(reversed(attn_mask.shape), reversed(scores), strict=False)
+    if attn_mask.dim() > len(scores) or any(size not in (1, wanted) for size, wanted in given):
+        raise ValueError(f"attn_mask: got shape {tuple(attn_mask.shape)}; accepted is what broadcasts to {scores}")
+    if attn_mask.dim() > 2:
+        attn_mask = _as_rank_4(attn_mask.expand(*leading, *attn_mask.shape[-2:]))
+    batch, heads = math.prod(leading[:-1]), leading[-1] if leading else 1
+    return check_bias("attn_mask", attn_mask, query, (batch, heads, *lengths))
 
 
 def _repeat_heads(name: str, tensor: Tensor, query: Tensor) -> Tensor:

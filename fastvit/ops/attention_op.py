@@ -12,7 +12,7 @@ from torch import Tensor
 from fastvit.kernels.spec import MAX_HEAD_DIM, AttentionSpec
 from fastvit.ops.autocast import register_autocast
 from fastvit.ops.autograd import register_autograd
-from fastvit.ops.backends import requested_backend, runs_natively, select
+from fastvit.ops.backends import AUTOMATIC, requested_backend, runs_natively, select
 from fastvit.ops.batching import register_batching
 from fastvit.ops.checks import has_contiguous_rows, rows_contiguous
 
@@ -241,8 +241,8 @@ def _attention_qkvpacked_backward_fake(
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.is_causal, ctx.scale, backend = inputs
-    # The backward may run in another thread, which does not see the enclosing `fastvit.backend` block.
-    ctx.backend = requested_backend(backend)
+    # The backward may run in another thread, which does not see this `fastvit.backend` block, or inside of another one.
+    ctx.backend = requested_backend(backend) or AUTOMATIC
     ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)
 

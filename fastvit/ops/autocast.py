@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DEVICE_TYPES = ("cpu", "cuda")
+DEVICE_TYPES = ("cpu", "cuda", "xpu", "mps")
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype:

@@ -89,6 +89,8 @@ _NATIVE_IS_FIRST = AUTOMATIC_ORDER["cpu"][0].backend == "cpu"
 direct_calls = True
 
 _requested: ContextVar[str | None] = ContextVar("fastvit_backend", default=None)
+# What a backward pass asks for whose forward pass asked for nothing: the automatic choice, whatever block is around it.
+AUTOMATIC = "automatic"
 
 
 def automatic_order(device_type: str) -> tuple[Place, ...]:
@@ -132,7 +134,7 @@ def shape_class(spec: Spec) -> str:
 
 def check_backend_name(name: str | None) -> None:
     """Raise ValueError unless ``name`` is None or a known backend."""
-    if name is not None and name not in BACKENDS:
+    if name is not None and name not in BACKENDS and name != AUTOMATIC:
         raise ValueError(f"backend: got {name!r}; accepted are {', '.join(map(repr, BACKENDS))} and None (automatic)")
 
 
@@ -162,7 +164,8 @@ def backend(name: str | None) -> Iterator[None]:
 
 def requested_backend(explicit: str | None) -> str | None:
     """Return the explicit backend, else the one of the enclosing ``fastvit.backend`` block, else None."""
-    return explicit if explicit is not None else _requested.get()
+    name = explicit if explicit is not None else _requested.get()
+    return None if name == AUTOMATIC else name
 
 
 def runs_natively(explicit: str | None) -> bool:
@@ -170,7 +173,7 @@ def runs_natively(explicit: str | None) -> bool:
 
     It is what :func:`select` would find, without a spec.
     """
-    name = explicit if explicit is not None else _requested.get()
+    name = requested_backend(explicit)
     chosen = _NATIVE_IS_FIRST if name is None else name == "cpu"
     return chosen and direct_calls and native.load_error() is None
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastvit.kernels.spec import PatchEmbedSpec, patch_grid
 from fastvit.ops.autocast import register_autocast
 from fastvit.ops.autograd import register_autograd
-from fastvit.ops.backends import check_backend_name, requested_backend, select
+from fastvit.ops.backends import AUTOMATIC, check_backend_name, requested_backend, select
 from fastvit.ops.batching import register_patch_embed_batching
 from fastvit.ops.channels_last import (
     Stride,
@@ -238,8 +238,8 @@ def _patch_embed_backward_images_fake(
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     # The dispatcher leaves out a stride of None, the default.
     images, weight, bias, backend, *ctx.stride = inputs
-    # The backward may run in another thread, which does not see the enclosing `fastvit.backend` block.
-    ctx.backend = requested_backend(backend)
+    # The backward may run in another thread, which does not see this `fastvit.backend` block, or inside of another one.
+    ctx.backend = requested_backend(backend) or AUTOMATIC
     ctx.has_bias = bias is not None
     ctx.save_for_backward(images, weight)
 

@@ -18,7 +18,7 @@ from types import ModuleType
 def when_imported(name: str, callback: Callable[[], None]) -> None:
     """Call ``callback`` once the module ``name`` is imported; if it raises, warn, and let the import go on."""
     if name in sys.modules:
-        callback()
+        _call(name, callback)
     else:
         sys.meta_path.insert(0, _Watcher(name, callback))
 
@@ -48,9 +48,13 @@ class _Watcher(MetaPathFinder):
             if self not in sys.meta_path:
                 return
             sys.meta_path.remove(self)
-            try:
-                self._callback()
-            except Exception as error:
-                warnings.warn(f"fastvit: nothing was registered with {self._name}: {error}", stacklevel=2)
+            _call(self._name, self._callback)
 
         return execute
+
+
+def _call(name: str, callback: Callable[[], None]) -> None:
+    try:
+        callback()
+    except Exception as error:
+        warnings.warn(f"fastvit: nothing was registered with {name}: {error}", stacklevel=3)

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
+from fastvit.adapters import TRANSFORMERS_NAME
+from fastvit.modules.fused import FusedForward
 from fastvit.swap import swap, unswap
 from fastvit.testing.precision import ieee_float32
 from fastvit.testing.rule import Comparison, compare
@@ -31,8 +34,9 @@ def check_model(
 
     Args:
         model: any module in float32, float16 or bfloat16 without randomness (``eval()``, or no dropout). It stays as it
-            is; a few copies of it live at once. Layers that are swapped already are restored in the copies that stand
-            for PyTorch.
+            is; a few copies of it live at once. In the copies that stand for PyTorch, layers that are swapped already
+            are restored, those built with ``fastvit.modules`` run their plain forward, and transformers' layers that
+            call fastvit by name call SDPA.
         inputs, keywords: of its forward; floating tensors are widened for the float64 run.
         backend: as in :func:`fastvit.swap`.
         backward: also differentiate a fixed random weighting of the outputs.
@@ -47,8 +51,7 @@ def check_model(
     Raises:
         ValueError: the model returns no floating tensor.
     """
-    plain, swapped = copy.deepcopy(model), copy.deepcopy(model)
-    unswap(plain)
+    plain, swapped = _plain_copy(model), copy.deepcopy(model)
     swap(swapped, backend=backend)
     expected = _run(copy.deepcopy(plain).double(), _widened(inputs), _widened(keywords), backward)
     own = []
@@ -104,6 +107,21 @@ def livened(model: nn.Module, seed: int = 0) -> nn.Module:
             one = name.endswith("gamma") or ("norm" in name and name.endswith("weight"))
             parameter.copy_(float(one) + spread * torch.randn(parameter.shape, generator=generator))
     return model.eval()
+
+
+def _plain_copy(model: nn.Module) -> nn.Module:
+    """Return a copy in which no layer calls an op of ours."""
+    plain = copy.deepcopy(model)
+    unswap(plain)
+    for module in plain.modules():
+        if isinstance(module, FusedForward):
+            kinds = (kind for kind in type(module).__mro__ if not issubclass(kind, FusedForward))
+            forward = next(kind.__dict__["forward"] for kind in kinds if "forward" in kind.__dict__)
+            module.forward = MethodType(forward, module)  # type: ignore[method-assign]
+        by_name = getattr(getattr(module, "config", None), "_attn_implementation", None) == TRANSFORMERS_NAME
+        if by_name and hasattr(module, "set_attn_implementation"):
+            module.set_attn_implementation("sdpa")  # type: ignore[operator]
+    return plain
 
 
 def _own_paths(model: nn.Module) -> Iterator[tuple[nn.Module, AbstractContextManager[Any]]]:
