@@ -21,6 +21,7 @@ import torch
 
 from benchmarks import device_cases, harness, processes, timers
 from benchmarks.timers import first_line
+from fastvit.commands.env import why_nothing_runs
 from fastvit.testing import (
     AttentionCase,
     Comparison,
@@ -33,8 +34,9 @@ from fastvit.testing import (
 
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (*HALVES, torch.float32)
-# The first case of a Triton kernel compiles it; a float64 truth of the longest sequence takes a second or two.
-CASE_SECONDS = 60.0
+# The first case of a Triton kernel compiles it; a float64 truth of the longest sequence takes a second or two. The
+# first case of a process also loads the libraries of the device.
+CASE_SECONDS, FIRST_SECONDS = 60.0, 180.0
 CANNOT = "cannot run this call"
 # Op, the part of its kernels that the case is about ("D64"), name, dtype and check.
 Case = tuple[str, str, str, torch.dtype, Callable[[str, str], list[Comparison]]]
@@ -92,8 +94,23 @@ def finished(path: Path, backend: str, device: str) -> dict[str, dict[str, Any]]
     return found
 
 
+def forget_faults(path: Path) -> None:
+    """Keep of a file the cases that passed: all others are tried again."""
+    passed = []
+    for text in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            entry = json.loads(text)
+            if entry["state"] == "ran" and all(ratio <= 1.0 for ratio in entry["ratios"].values()):
+                passed.append(text + "\n")
+    path.write_text("".join(passed))
+
+
 def work_off(backend: str, device: str, path: Path, seconds: float) -> None:
     """Run the cases that ``path`` does not have, and append a line when each begins and when it ends."""
+    if reasons := why_nothing_runs(backend, torch.device(device), DTYPES):
+        # Not a line for each case: another build runs them, and they would count as done.
+        print(f"{backend} cannot run here: {'; '.join(reasons)}")
+        return
     begin, done, common = time.monotonic(), finished(path, backend, device), stamp(backend, device)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
@@ -127,7 +144,9 @@ def _append(file: Any, entry: dict[str, Any]) -> None:
 def run(
     backend: str, device: str, path: Path, seconds: float, log: Path
 ) -> tuple[set[tuple[str, str, str]], dict[str, Any]]:
-    """Work off the cases of a backend in processes, for at most ``seconds``; a case that takes CASE_SECONDS hangs.
+    """Work off the cases of a backend in processes, for at most ``seconds``.
+
+    A case that takes CASE_SECONDS hangs, the first of a process one that takes FIRST_SECONDS.
 
     Returns:
         The red kernels, as (backend, "attention forward D64", "bfloat16"), and the figures for the JSON.
@@ -138,7 +157,12 @@ def run(
         command = [sys.executable, "-m", "benchmarks.correctness", backend, device, str(path), str(left)]
         # A case is a line when it begins and when it ends.
         path.touch()
-        status = processes.logged(command, left, log, stuck=lambda: processes.age(path) > CASE_SECONDS)
+        begun = time.monotonic()
+
+        def stuck(begun: float = begun) -> bool:
+            return processes.age(path) > CASE_SECONDS and time.monotonic() - begun > FIRST_SECONDS
+
+        status = processes.logged(command, left, log, stuck)
         # A case in which the time was up, or the machine went, only began: it says nothing, and comes again.
         if status not in (0, processes.TOO_LONG):
             _bury(path)

@@ -83,6 +83,22 @@ SANITIZED = "from benchmarks.device_cases import run_sanitized; run_sanitized()"
 FOUND = 9
 
 
+TOOLS = ("memcheck", "racecheck")
+
+
+def sanitizer_check(tool: str) -> str:
+    """Return what a tool's verdict is kept as: it belongs to the cases that it has seen."""
+    digest = hashlib.sha256(SANITIZED.encode())
+    for path in sorted((harness.ROOT / "benchmarks").glob("*cases.py")):
+        digest.update(path.read_bytes())
+    return f"compute-sanitizer {tool} {digest.hexdigest()[:12]}"
+
+
+def unsanitized(known: Known) -> list[str]:
+    """Return the tools that have no verdict on these kernels yet."""
+    return [tool for tool in TOOLS if sanitizer_check(tool) not in known.checks]
+
+
 def sanitize(seconds: float, log: Path, known: Known) -> dict[str, str]:
     """Run small cases of the CUDA kernels under compute-sanitizer; return what each tool said, now or before.
 
@@ -93,11 +109,8 @@ def sanitize(seconds: float, log: Path, known: Known) -> dict[str, str]:
         return {"compute-sanitizer": "was found neither on PATH nor in the toolkit"}
     said: dict[str, str] = {}
     end = time.monotonic() + seconds
-    digest = hashlib.sha256(SANITIZED.encode())
-    for path in sorted((harness.ROOT / "benchmarks").glob("*cases.py")):
-        digest.update(path.read_bytes())
-    for tool in ("memcheck", "racecheck"):
-        name = f"compute-sanitizer {tool} {digest.hexdigest()[:12]}"
+    for tool in TOOLS:
+        name = sanitizer_check(tool)
         if name in known.checks:
             said[tool] = known.checks[name]
             continue
@@ -206,6 +219,17 @@ def show_goals(options: argparse.Namespace, log: Path) -> None:
     processes.say(text.getvalue(), log)
 
 
+def add_fact(options: argparse.Namespace, name: str, fact: object) -> None:
+    """Write what came out behind the suites into the file that they have left, if they have left one."""
+    slug = harness.device_slug(options.device, roofline.device_name(options.device))
+    written = [path.with_suffix(".json") for path in leases.files(options.out, slug) if path.parent == options.out]
+    if not written or not written[-1].exists():
+        return
+    content = json.loads(written[-1].read_text())
+    content["facts"][name] = fact
+    processes.write(written[-1], json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
 def forms(seconds: float, log: Path, known: Known) -> str:
     """Run benchmarks.cuda_forms last, in a process of its own; return what it ended with, now or before."""
     if FORMS_NAME in known.checks:
@@ -258,23 +282,27 @@ def main(arguments: list[str] | None = None) -> int:
             facts["build"] = build(options.budget * BUILD, log)
         if not options.no_correctness:
             red = _correct(options, (end - time.monotonic()) * CORRECTNESS, facts)
-        if is_gpu:
-            # Behind the build: what is known belongs to the kernels as they are.
-            known = Known.load(options.out, options.device)
-            share = min((end - time.monotonic()) * SANITIZER, SANITIZER_SECONDS)
-            facts["sanitizer"] = sanitize(share, log, known)
-            for tool, what in facts["sanitizer"].items():
-                processes.say(f"compute-sanitizer: {tool}: {what}", log)
         whole, reserved = True, 0.0
         with_forms = is_gpu and not options.words and not options.quick
-        if with_forms and FORMS_NAME not in known.checks:
-            reserved = min(FORMS_SECONDS, (end - time.monotonic()) * FORMS)
-            # A part of them is worth nothing: a later run has more left, its correctness being done.
-            with_forms = reserved >= FORMS_LEAST
-            reserved *= with_forms
+        if is_gpu:
+            # Behind the build: what is known belongs to the kernels as they are.
+            left, known = end - time.monotonic(), Known.load(options.out, options.device)
+            if with_forms and FORMS_NAME not in known.checks:
+                reserved = min(FORMS_SECONDS, left * FORMS)
+                # A part of them is worth nothing: a later run has more left, its correctness being done.
+                with_forms = reserved >= FORMS_LEAST
+                reserved *= with_forms
+            reserved += min(SANITIZER_SECONDS, left * SANITIZER) * len(unsanitized(known)) / len(TOOLS)
         whole = suites(options, red, facts, end - reserved)
         if is_gpu:
             show_goals(options, log)
+            # Behind the goals: where a tool hangs, it costs nothing else.
+            known = Known.load(options.out, options.device)
+            share = min(SANITIZER_SECONDS, max(end - time.monotonic(), 0.0) * (0.5 if with_forms else 1.0))
+            facts["sanitizer"] = sanitize(share, log, known)
+            for tool, what in facts["sanitizer"].items():
+                processes.say(f"compute-sanitizer: {tool}: {what}", log)
+            add_fact(options, "sanitizer", facts["sanitizer"])
         if with_forms:
             last = forms(max(end - time.monotonic(), 0.0), log, Known.load(options.out, options.device))
             processes.say(f"benchmarks.cuda_forms: {last}", log)
@@ -293,6 +321,8 @@ def _correct(options: argparse.Namespace, seconds: float, facts: dict[str, Any])
     committed = harness.RESULTS / path.name
     if not path.exists() and committed.exists():
         shutil.copyfile(committed, path)
+    if options.again and path.exists():
+        correctness.forget_faults(path)
     end = time.monotonic() + seconds
     red: set[tuple[str, str, str]] = set()
     facts["correctness"] = {}

@@ -251,7 +251,7 @@ def _on_device(entries: Sequence[Entry], repeats: int) -> tuple[dict[str, Times]
                     times[name].samples.append(_between_events(replay, flush))
                 # Without a graph the host sets the pace: a third of the samples is enough to show by how much.
                 if replay is None or repeat % 3 == 0:
-                    times[name].eager.append(_between_events(call, flush))
+                    times[name].eager.append(_between_events(call, flush, from_idle=True))
     for value in times.values():
         value.samples = value.samples or value.eager
     calls.clear()
@@ -281,8 +281,11 @@ def _captured(call: Call, stream: torch.cuda.Stream) -> Call:
     return graph.replay
 
 
-def _between_events(call: Call, flush: torch.Tensor) -> float:
+def _between_events(call: Call, flush: torch.Tensor, from_idle: bool = False) -> float:
     flush.zero_()
+    if from_idle:
+        # Else the host issues the call while the device still writes, and the time of that is not seen.
+        torch.cuda.synchronize()
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     call()

@@ -109,6 +109,23 @@ def test_what_a_sanitizer_has_said_is_not_asked_again(tmp_path: Path, monkeypatc
     assert calls.read_text().count("memcheck") == 2
 
 
+def test_what_comes_behind_the_suites_is_kept_beside_their_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = gpu._parse(["--device", "cpu", "--out", str(tmp_path)])
+    monkeypatch.setattr(gpu.roofline, "device_name", lambda device: "Some Device")
+    gpu.add_fact(options, "sanitizer", {"memcheck": "clean"})
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "cpu-some-device-2026-01-02.csv").touch()
+    side = tmp_path / "cpu-some-device-2026-01-02.json"
+    side.write_text(json.dumps({"facts": {"build": 1}, "ended": "finished"}))
+    gpu.add_fact(options, "sanitizer", {"memcheck": "clean"})
+    assert json.loads(side.read_text()) == {
+        "facts": {"build": 1, "sanitizer": {"memcheck": "clean"}},
+        "ended": "finished",
+    }
+
+
 def test_the_sanitizer_may_be_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu.shutil, "which", lambda name, path: None)
     assert gpu.sanitize(1.0, tmp_path / "log", Known(tmp_path / "known.json", {})) == {
@@ -151,6 +168,31 @@ def test_correctness_goes_on_where_it_ended(tmp_path: Path, monkeypatch: pytest.
     # Other sources: nothing of it counts.
     monkeypatch.setattr(harness, "source_hash", lambda backend="cpu": "0" * 12)
     assert not correctness.finished(path, "cpu", "cpu")
+
+
+def test_a_backend_that_is_not_built_leaves_no_case_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "c.jsonl"
+    monkeypatch.setattr(correctness, "cases", few_cases)
+    correctness.work_off("cuda", "cpu", path, 60.0)
+    assert not path.exists()
+    assert "cuda cannot run here: device cpu: only CUDA tensors" in capsys.readouterr().out
+
+
+def test_faults_are_tried_again_when_asked(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    states: list[dict[str, Any]] = [
+        {"state": "began"},
+        {"state": "ran", "ratios": {"output": 0.5}},
+        {"state": "ran", "ratios": {"output": 1.5}},
+        {"state": "ran", "ratios": {"output": float("nan")}},
+        {"state": "failed"},
+        {"state": "died"},
+    ]
+    path.write_text("".join(json.dumps(state) + "\n" for state in states) + '{"cut o')
+    correctness.forget_faults(path)
+    assert path.read_text() == json.dumps(states[1]) + "\n"
 
 
 def test_red_kernels_are_named_one_by_one() -> None:
@@ -218,6 +260,9 @@ def test_what_a_backend_could_not_do_comes_last_and_not_what_a_peer_could_not() 
     for name, last in (("triton", True), ("cuda", True), ("FlexAttention", False), ("SDPA flash", False)):
         notes = ["another case: cuda: out of memory", f"{first.label}: {name}: out of memory"]
         assert runner._has_failed(first, notes, runner.BACKENDS["cuda"]) is last
+    # It was not built then.
+    notes = [f"{first.label}: cuda: RuntimeError: backend 'cuda' cannot run this call."]
+    assert not runner._has_failed(first, notes, runner.BACKENDS["cuda"])
 
 
 def test_a_miss_at_one_head_dim_is_about_its_kernels_alone() -> None:
@@ -359,12 +404,13 @@ def test_on_a_device_each_replay_has_a_cold_cache_and_entries_take_turns(monkeyp
     times, absent = timers.measure(entries, 4, "cuda")
     assert absent == {"c": "OutOfMemoryError: CUDA out of memory"}
     timed = log[log.index("flush") :]
-    # Sample by sample: a's graph (and its eager call in each third sample), then b's, then d without a graph.
-    assert timed == [
-        *("flush", "replay a", "flush", "a", "flush", "replay b", "flush", "b", "flush", "d"),
-        *("flush", "replay a", "flush", "replay b", "flush", "d") * 2,
-        *("flush", "replay a", "flush", "a", "flush", "replay b", "flush", "b", "flush", "d"),
+    # Sample by sample: a's graph (and its eager call in each third sample), then b's, then d without a graph. An eager
+    # call begins when the flush has ended, or the host would be ahead of the device.
+    both = [
+        *("flush", "replay a", "flush", "idle", "a", "flush", "replay b", "flush", "idle", "b", "flush", "idle", "d")
     ]
+    graphs = ["flush", "replay a", "flush", "replay b", "flush", "idle", "d"]
+    assert timed == [*both, *graphs * 2, *both, "idle"]
     assert [(times[name].clock, len(times[name].samples), len(times[name].eager)) for name in "abd"] == [
         ("graph", 4, 2), ("graph", 4, 2), ("events", 4, 4),
     ]  # fmt: skip

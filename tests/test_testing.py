@@ -26,7 +26,7 @@ from fastvit.testing import (
     livened,
 )
 from fastvit.testing.model import _own_paths
-from fastvit.testing.rule import BLOCK
+from fastvit.testing.rule import BLOCK, runs_of
 
 
 def sample() -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,6 +74,19 @@ def test_of_several_torch_results_the_worst_counts() -> None:
     assert compare(ours, expected, [worse, torch_result]) == compare(ours, expected, worse)
     with pytest.raises(ValueError, match=r"^torch_result: got no tensor"):
         compare(ours, expected, [])
+
+
+def test_a_path_of_torchs_that_cannot_run_leaves_the_rule_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = PatchEmbedCase(patch=(4, 4), grid=(3, 3), embed_dim=16)
+
+    def fail(*_: object) -> Tensor:
+        raise RuntimeError("no such plan")
+
+    monkeypatch.setattr(torch.nn.functional, "unfold", fail)
+    with pytest.warns(UserWarning, match="PyTorch's own implementation has no part in the rule here: no such plan"):
+        assert all(comparison.passed for comparison in check_patch_embed(case, "reference"))
+    with pytest.warns(UserWarning, match="no part"), pytest.raises(RuntimeError, match="no such plan"):
+        runs_of([fail, fail], lambda peer: [peer()])
 
 
 def test_one_rounding_is_of_the_output_dtype() -> None:

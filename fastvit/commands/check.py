@@ -20,7 +20,7 @@ from fastvit.commands import (
     short,
     write_json,
 )
-from fastvit.commands.env import devices, environment, standard_specs
+from fastvit.commands.env import devices, environment, why_nothing_runs
 from fastvit.kernels.spec import AttentionSpec, PatchEmbedSpec, Spec
 from fastvit.ops.backends import BACKENDS, explain
 from fastvit.testing import (
@@ -93,7 +93,7 @@ def _who_runs(
     pairs, not_run = [], []
     for device in where:
         for name in [asked] if asked else BACKENDS:
-            reasons = _reasons_anywhere(name, device, dtypes)
+            reasons = why_nothing_runs(name, device, dtypes)
             if not asked and not reasons and name == "triton" and device.type == "cpu":
                 reasons = ["on a CPU it runs under Triton's interpreter, very slowly: ask with --backend triton"]
             if reasons:
@@ -102,21 +102,10 @@ def _who_runs(
                 pairs.append((name, device))
     if not pairs:
         why = "; ".join(f"on {line['device']}: {line['why']}" for line in not_run)
-        can = {name for device in where for name in BACKENDS if not _reasons_anywhere(name, device, dtypes)}
+        can = {name for device in where for name in BACKENDS if not why_nothing_runs(name, device, dtypes)}
         accepted = f"accepted on {', '.join(map(str, where))}: {', '.join(n for n in BACKENDS if n in can) or 'none'}"
         raise BadInputError(f"--backend: got {asked!r}, which cannot run here ({why}); {accepted}")
     return pairs, not_run
-
-
-def _reasons_anywhere(name: str, device: torch.device, dtypes: list[torch.dtype]) -> list[str]:
-    """Return why a backend runs nothing on a device: no reasons where it runs one of the dtypes."""
-    by_dtype = [
-        [why for spec in standard_specs(device, dtype).values() for why in BACKENDS[name].why_not(spec)]
-        for dtype in dtypes
-    ]
-    if not all(by_dtype):
-        return []
-    return list(dict.fromkeys(why for reasons in by_dtype for why in reasons))
 
 
 def _cases(dtypes: list[torch.dtype], quick: bool) -> list[Case]:

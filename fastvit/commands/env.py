@@ -6,6 +6,7 @@ import argparse
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from importlib import import_module
@@ -72,6 +73,17 @@ def standard_specs(device: torch.device, dtype: torch.dtype | None = None) -> di
         "attention": AttentionSpec(1, 12, 197, 197, 64, 64, dtype, None, False, device),
         "patch_embed": PatchEmbedSpec(1, 3, 224, 224, 16, 16, 768, dtype, device),
     }
+
+
+def why_nothing_runs(backend: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> list[str]:
+    """Return why a backend runs no typical call in any of the dtypes on a device; empty if it runs them in one."""
+    by_dtype = [
+        [why for spec in standard_specs(device, dtype).values() for why in BACKENDS[backend].why_not(spec)]
+        for dtype in dtypes
+    ]
+    if not all(by_dtype):
+        return []
+    return list(dict.fromkeys(why for reasons in by_dtype for why in reasons))
 
 
 def explanation_row(explanation: Explanation) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastvit.ops as ops
 from fastvit.testing.precision import ieee_float32
-from fastvit.testing.rule import Comparison, compare
+from fastvit.testing.rule import Comparison, compare, runs_of
 
 VIT_SEQLENS = (49, 50, 196, 197, 256, 257, 577, 785, 1025, 1370)
 
@@ -133,7 +133,7 @@ def check_attention(
     exact = {name: None if t is None else t.double() if t.dtype != torch.bool else t for name, t in tensors.items()}
     actual, expected = _run_attention(ours, tensors, backward), _run_attention(theirs, exact, backward)
     peers = (theirs, math, plain) if written_out else (theirs, math)
-    own = zip(*(_run_attention(peer, tensors, backward) for peer in peers), strict=True)
+    own = zip(*runs_of(peers, lambda peer: _run_attention(peer, tensors, backward)), strict=True)
     names = ("output", "lse", "grad_query", "grad_key", "grad_value")
     return [compare(a, e, o, name) for name, a, e, o in zip(names, actual, expected, own, strict=False)]
 

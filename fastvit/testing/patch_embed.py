@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fastvit.ops as ops
 from fastvit.testing.precision import ieee_float32
-from fastvit.testing.rule import Comparison, compare
+from fastvit.testing.rule import Comparison, compare, runs_of
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def check_patch_embed(
 
     exact = {name: None if tensor is None else tensor.double() for name, tensor in tensors.items()}
     actual, expected = _run_patch_embed(ours, tensors, backward), _run_patch_embed(theirs, exact, backward)
-    own = zip(*(_run_patch_embed(peer, tensors, backward) for peer in (theirs, unfolded)), strict=True)
+    own = zip(*runs_of((theirs, unfolded), lambda peer: _run_patch_embed(peer, tensors, backward)), strict=True)
     names = ("output", "grad_images", "grad_weight", "grad_bias")
     return [compare(a, e, o, name) for name, a, e, o in zip(names, actual, expected, own, strict=False)]
 

@@ -8,12 +8,15 @@ differ from each other by factors, in either direction, from one processor to th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+Peer = TypeVar("Peer")
 # Elements compared at a time: float64 and its temporaries of more than a cache cost the test more than the kernel.
 BLOCK = 2**15
 
@@ -44,6 +47,24 @@ class Comparison:
             f"{self.error:.3e}, PyTorch's {self.torch_error:.3e}, {self.ratio:.2f} of what is allowed, worst at "
             f"{list(self.worst_index)}: got {self.actual!r}, expected {self.expected!r}"
         )
+
+
+def runs_of(peers: Sequence[Peer], run: Callable[[Peer], list[Tensor]]) -> list[list[Tensor]]:
+    """Return what PyTorch's own implementations give, with a warning for one that raises: the rule is stricter then.
+
+    Raises:
+        RuntimeError: what the first of them raised, if all do.
+    """
+    runs, errors = [], []
+    for peer in peers:
+        try:
+            runs.append(run(peer))
+        except RuntimeError as error:
+            errors.append(error)
+            warnings.warn(f"PyTorch's own implementation has no part in the rule here: {error}", stacklevel=3)
+    if not runs:
+        raise errors[0]
+    return runs
 
 
 def compare(actual: Tensor, expected: Tensor, torch_result: Tensor | Sequence[Tensor], name: str = "") -> Comparison:
