@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastvit
 from benchmarks import harness
+from benchmarks.report import MARK
 from benchmarks.zoo import Architecture, architectures
 from fastvit.commands.env import cpu_name
 from fastvit.commands.timing import race
@@ -208,14 +209,16 @@ def _versions(row: Row) -> str:
 
 def page_of(rows: list[Row]) -> str:
     """Return the Markdown page of these rows."""
+    mark = MARK if any(row.sources != harness.source_hash() for row in rows) else ""
     head = f"""# What a swap does to {len(rows)} architectures
 
-Made by `python -m benchmarks architectures --write`. Real classes at their real width, two layers deep, random weights,
-float32, on the CPU. *Outputs* and *gradients* are the worst error against float64 as a part of what the tolerance rule
-allows (1.00 is the limit; gradients of every parameter). *Breaks* are graph breaks of torch.compile in the whole model.
-*Ran* is in how many of the swapped layers an op of ours ran (a dash: not recorded): the gradient of BEiT's bias has no
-kernel yet, and Qwen's patches lie in rows already, whose product torch computes. *Speed* is the median time of the
-unswapped model over that of the swapped one, one image, without gradients, taken in turn, on
+{mark}Made by `python -m benchmarks architectures --write`. Real classes at their real width, two layers deep, random
+weights, float32, on the CPU. *Outputs* and *gradients* are the worst error against float64 as a part of what the
+tolerance rule allows (1.00 is the limit; gradients of every parameter). *Breaks* are graph breaks of torch.compile in
+the whole model. *Ran* is in how many of the swapped layers an op of ours ran (a dash: nothing was swapped): the
+gradient of BEiT's bias has no kernel yet, and Qwen's patches lie in rows already, whose product torch computes.
+*Export* is "yes, plain" where the graph has no op of ours. *Speed* is the median time of the unswapped model over that
+of the swapped one, one image, without gradients, taken in turn, on
 {_one_of_each(row.machine for row in rows)}; {_one_of_each(map(_versions, rows))}.
 
 | library | model | swapped | ran | outputs | gradients | breaks | export | speed | left alone |

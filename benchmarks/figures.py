@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from benchmarks.harness import Row
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LINES = ("-", "--", ":", "-.")
-HATCHES = ("", "///", "...", "xx")
 STALE = "stale: the kernels have changed since this was measured"
 Sizes = dict[str, int]
 
@@ -71,6 +70,9 @@ def time_against_seqlen(rows: list[Row]) -> Any | None:
     axes.set(xscale="log", yscale="log", xlabel="sequence length N", ylabel="µs per head and image")
     lengths = sorted({n for points in series.values() for n in points})
     axes.set_xticks(_spread(lengths), [str(n) for n in _spread(lengths)])
+    times = [value for points in series.values() for value in points.values()]
+    steps = [step for step in _steps() if min(times) <= step <= max(times)]
+    axes.set_yticks(steps, [f"{step:g}" for step in steps])
     axes.minorticks_off()
     axes.legend(frameon=False)
     return figure
@@ -83,6 +85,13 @@ def _spread(lengths: list[int]) -> list[int]:
         if not kept or length >= 1.18 * kept[-1]:
             kept.append(length)
     return kept
+
+
+def _steps() -> Iterator[float]:
+    """Yield 1, 2 and 5 of every decade that a time in microseconds may lie in."""
+    for decade in range(-3, 7):
+        for digit in (1, 2, 5):
+            yield digit * 10.0**decade
 
 
 def heat_map(rows: list[Row], suite: str = "attention forward") -> Any | None:
@@ -155,7 +164,7 @@ def roofline(rows: list[Row]) -> Any | None:
         x, y = zip(*points, strict=True)
         style = _style(index) | {"linestyle": "", "markerfacecolor": "none"}
         axes.plot(x, y, label=name, **style)
-    # The roofs of the run differ a little from lease to lease: the middle one is drawn.
+    # The roofs of the run differ a little from run to run: the middle one is drawn.
     peak = statistics.median(row.peak_gflops for row in chosen) / 1e3
     bandwidth = statistics.median(row.peak_gbs for row in chosen) / 1e3
     intensities = [x for points in groups.values() for x, _ in points]
@@ -229,7 +238,8 @@ def _model_order(item: tuple[tuple[str, int], Row]) -> tuple[int, str, int]:
 def _model_label(row: Row) -> str:
     name, batch = row.case.split()
     found = re.fullmatch(r"vit_(\w)\w*_patch(\d+)_(\d+)", name)
-    short = f"ViT-{found[1].upper()}/{found[2]}, {found[3]}²" if found else name
+    width = {"t": "Ti"}.get(found[1], found[1].upper()) if found else ""
+    short = f"ViT-{width}/{found[2]}, {found[3]}²" if found else name
     return f"{short}, batch {batch[1:]}, {row.suite.removeprefix('model inference, ')}"
 
 

@@ -3,9 +3,9 @@
 Builds for that architecture alone; applies the tolerance rule on the device (a red case stops the speed of that kernel
 and no other); runs small cases under compute-sanitizer where there is one; then the suites, the most telling cases
 first, and ends when the budget is spent. Rows, environment and log are left in ``--out``, and a later run goes on
-where this one ended (leases.py). The suites run in a process of their own, which is watched: a kernel that faults or
-waits for ever costs its case, now and in later runs. Without a GPU it says so in one line and exits 3; exit status 1 is
-a red case.
+where this one ended (earlier_runs.py). The suites run in a process of their own, which is watched: a kernel that faults
+or waits for ever costs its case, now and in later runs. Without a GPU it says so in one line and exits 3; exit status 1
+is a red case.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks import cases, correctness, gpu_goals, harness, leases, processes, roofline, runner
-from benchmarks.leases import Known
+from benchmarks import cases, correctness, earlier_runs, gpu_goals, harness, processes, roofline, runner
+from benchmarks.earlier_runs import Known
 from benchmarks.processes import STUCK, TOO_LONG, logged
 
 BUDGET = 480.0
@@ -213,7 +213,7 @@ def child(options: argparse.Namespace) -> int:
 
 def show_goals(options: argparse.Namespace, log: Path) -> None:
     """Print the goals and how far the rows are from them, whatever has ended the suites."""
-    paths = leases.files(options.out, harness.device_slug(options.device, roofline.device_name(options.device)))
+    paths = earlier_runs.files(options.out, harness.device_slug(options.device, roofline.device_name(options.device)))
     text = StringIO()
     gpu_goals.show(harness.read(paths[-1]) if paths else [], Console(file=text, width=140))
     processes.say(text.getvalue(), log)
@@ -222,7 +222,9 @@ def show_goals(options: argparse.Namespace, log: Path) -> None:
 def add_fact(options: argparse.Namespace, name: str, fact: object) -> None:
     """Write what came out behind the suites into the file that they have left, if they have left one."""
     slug = harness.device_slug(options.device, roofline.device_name(options.device))
-    written = [path.with_suffix(".json") for path in leases.files(options.out, slug) if path.parent == options.out]
+    written = [
+        path.with_suffix(".json") for path in earlier_runs.files(options.out, slug) if path.parent == options.out
+    ]
     if not written or not written[-1].exists():
         return
     content = json.loads(written[-1].read_text())

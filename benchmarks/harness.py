@@ -299,7 +299,7 @@ def is_stale(rows: Iterable[Row]) -> bool:
 def is_fresh(row: Row, machine: Machine) -> bool:
     """Return whether measuring ``row`` again would measure the same thing: device, versions and kernel sources.
 
-    Of the driver the branch counts ("580"): the machines of several leases differ in the numbers behind it.
+    Of the driver the branch counts ("580"): the machines of several runs differ in the numbers behind it.
     """
     branches = row.driver.split(".")[0], machine.driver.split(".")[0]
     return (

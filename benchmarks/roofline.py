@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 import fastvit
-from benchmarks import harness, quiet
+from benchmarks import harness
 from benchmarks.timers import median_seconds
+from fastvit.commands import quiet
 from fastvit.commands.env import cpu_name
 from fastvit.ops.backends import device_family
 

@@ -19,9 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks import (
     cases,
     correctness,
+    earlier_runs,
     gpu_goals,
     harness,
-    leases,
     peers,
     roofline,
     suite_attention,
@@ -31,8 +31,8 @@ from benchmarks import (
     timers,
 )
 from benchmarks.cases import Work
+from benchmarks.earlier_runs import Earlier
 from benchmarks.harness import Contest, Outcome, Row
-from benchmarks.leases import Earlier
 from benchmarks.roofline import Machine
 from benchmarks.timers import first_line, is_lost
 from fastvit.commands.timing import Clock
@@ -111,7 +111,7 @@ def run(options: Options, console: Console | None = None, facts: dict[str, Any] 
     report.notes = [f"{label}: {options.skip[label]}" for label in sorted(report.ran)]
     works = [work for work in works if work.label not in options.skip]
     if options.device == "cuda":
-        # A lease may end before the first tier does.
+        # A run may end before the first tier does.
         works.sort(key=gpu_goals.rank)
     if not works:
         report.ended = "no case has this name"
@@ -184,8 +184,8 @@ def _open(report: Report, options: Options, machine: Machine) -> None:
     if options.out.suffix == ".csv":
         report.path, paths = options.out, [options.out] if options.out.exists() else []
     else:
-        report.path, paths = options.out / f"{slug}-{date.today()}.csv", leases.files(options.out, slug)
-    report.earlier = leases.earlier(paths, report.path, machine)
+        report.path, paths = options.out / f"{slug}-{date.today()}.csv", earlier_runs.files(options.out, slug)
+    report.earlier = earlier_runs.earlier(paths, report.path, machine)
     report.rows = report.earlier.rows
     report.facts = report.earlier.facts | report.facts
 
@@ -342,13 +342,13 @@ def save(report: Report) -> None:
         harness.write(report.rows, report.path)
     if report.new and "commit" not in report.environment:
         # Once per run: it asks the system a dozen questions.
-        report.environment |= leases.environment(report.machines, before.environments)
+        report.environment |= earlier_runs.environment(report.machines, before.environments)
     # A run that measured nothing says nothing about the rows.
     environments = [*before.environments, *([report.environment] if report.new else [])]
     content = {
         "facts": report.facts | {"environment": environments},
         "peers": peers.availability(report.machines[0].device),
-        "not timed": leases.merged(before.notes, report.ran, report.notes),
+        "not timed": earlier_runs.merged(before.notes, report.ran, report.notes),
         "ended": report.ended,
     }
     report.path.with_suffix(".json").write_text(json.dumps(content, indent=1, sort_keys=True, default=str) + "\n")

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from benchmarks import quiet
+from fastvit.commands import quiet
 from fastvit.testing import ieee_float32
 
 Call = Callable[[], object]
@@ -28,8 +28,6 @@ WARM_UPS = 2
 SHORTEST_SAMPLE = 1e-4
 # A call longer than this is not made twice for a sample: what the other one left in the caches is a thousandth of it.
 LONGEST_TWICE = 0.5
-# Of the rounds of samples: where so many were quiet, the others do not count.
-ENOUGH_QUIET = 1 / 3
 # The relative difference (in the Euclidean norm) beyond which two ways cannot have done the same thing. The gate has
 # judged ours by the tolerance rule before; this is for a peer that was called in a wrong way.
 SAME_WITHIN = 0.05
@@ -125,7 +123,7 @@ def measure(
 
     On a CPU, a round of samples counts where the machine was quiet before and after it; ``patience`` is how many
     seconds may go by in waiting for that and in rounds that do not count. Then rounds are taken as they come, and the
-    disturbed ones count where less than ``ENOUGH_QUIET`` of all were quiet.
+    disturbed ones count where less than ``quiet.ENOUGH`` of all were quiet.
     """
     return _on_device(entries, repeats) if device == "cuda" else _on_host(entries, repeats, patience)
 
@@ -204,7 +202,7 @@ def _on_host(entries: Sequence[Entry], repeats: int, patience: float) -> tuple[d
         samples, company, spent = _quiet_round(one_round, is_quiet, patience)
         patience -= spent
         (disturbed if company else calm).append(samples)
-    if len(calm) >= ENOUGH_QUIET * repeats:
+    if len(calm) >= quiet.ENOUGH * repeats:
         disturbed = []
     for name, value in times.items():
         value.samples = [samples[name] for samples in calm + disturbed]

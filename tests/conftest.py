@@ -12,6 +12,8 @@ os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # torch.compile starts a process per processor for its compilations, which takes longer than a test has to compile.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# Nor does a package of one call need a wrapper that the compiler has optimised.
+os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")
 # Benchmarks wait for others to leave the processor alone; tests are such others.
 os.environ["FASTVIT_PATIENCE"] = "0"
 

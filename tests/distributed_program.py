@@ -368,7 +368,7 @@ CASES: dict[str, list[Callable[[DeviceMesh], None]]] = {
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    for case in CASES[sys.argv[1]]:
+    for case in (case for name in sys.argv[1:] for case in CASES[name]):
         case(init_device_mesh("cpu", (RANKS,)))
         print(f"{case.__name__}: fine", flush=True)
     dist.barrier()

@@ -28,7 +28,10 @@ class Event:
 
 
 def fake_cuda(monkeypatch: pytest.MonkeyPatch, log: list[str]) -> None:
-    """Have ``timers`` find a device that is a CPU; ``log`` is told of replays (by what they captured), flushes and waits until it is idle."""
+    """Have ``timers`` find a device that is a CPU.
+
+    ``log`` is told of replays (by what they captured), of flushes, and of waits until the device is idle.
+    """
 
     class Graph:
         name = "graph"
@@ -45,7 +48,8 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch, log: list[str]) -> None:
 
     fake = SimpleNamespace(
         Stream=lambda: SimpleNamespace(wait_stream=lambda other: None), current_stream=lambda: None, CUDAGraph=Graph,
-        graph=capture, Event=Event, stream=lambda stream: contextlib.nullcontext(), synchronize=lambda: log.append("idle"),
+        graph=capture, Event=Event, stream=lambda stream: contextlib.nullcontext(),
+        synchronize=lambda: log.append("idle"),
         reset_peak_memory_stats=lambda: None, max_memory_allocated=lambda: 5 << 20,
         memory_allocated=lambda: 2 << 20, empty_cache=lambda: None, is_available=lambda: False,
         is_current_stream_capturing=lambda: False,

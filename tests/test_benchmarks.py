@@ -307,7 +307,7 @@ def test_fresh_rows_are_skipped_and_stale_ones_measured_again(tmp_path: Path) ->
     second, printed = run(tmp_path, FEW)
     assert (second.new, len(second.rows)) == (0, len(first.rows))
     assert "have fresh rows and are skipped" in printed
-    # Another kernel, another torch: not fresh. And a second lease takes only what is missing.
+    # Another kernel, another torch: not fresh. And a second run takes only what is missing.
     changed = [dataclasses.replace(row, sources="0" * 12) for row in first.rows if "N49" in row.case]
     changed += [row for row in first.rows if "N49" not in row.case]
     harness.write(changed, first.path)

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from benchmarks import cases, correctness, gpu, harness, roofline, runner, timers
-from benchmarks.leases import Known
+from benchmarks.earlier_runs import Known
 from benchmarks.roofline import Machine
 from benchmarks.timers import Entry
 from fastvit.testing import AttentionCase, PatchEmbedCase, check_attention, check_patch_embed
@@ -322,7 +322,7 @@ def test_a_rehearsal_leaves_rows_environment_and_what_was_red(
     assert side["facts"]["environment"][0]["collect_env"]["torch_version"] == torch.__version__
     assert any("missed the rule on this device" in note for note in side["not timed"])
     assert "red, so its speed is not measured: cpu attention forward float32" in capsys.readouterr().out
-    # Mended: the next lease measures what is missing, and nothing twice.
+    # Mended: the next run measures what is missing, and nothing twice.
     red.clear()
     assert gpu.main(command) == 0
     again = harness.read(path)
@@ -353,7 +353,7 @@ def test_the_suites_go_on_behind_a_case_that_lost_the_device(
     assert rows
     assert not any("N33" in row.case for row in rows)
     assert "the suites go on without it" in capsys.readouterr().out
-    # The next lease knows them, and says so; --again tries them.
+    # The next run knows them, and says so; --again tries them.
     running.clear()
     monkeypatch.setattr(runner, "is_lost", lambda device: False)
     assert gpu.main(command) == 1

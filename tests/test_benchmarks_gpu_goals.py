@@ -69,7 +69,7 @@ def test_every_goal_is_a_case_that_comes_early_against_peers_that_there_are() ->
     for goal in GOALS:
         assert (goal.suite, goal.case, "bfloat16", goal.layout) in early, goal
         assert {limit.peer for limit in goal.limits if limit.peer} <= known
-    # What a lease measures first, in the order of the goals: whole models, which take a minute each, behind kernels.
+    # What a run measures first, in the order of the goals: whole models, which take a minute each, behind kernels.
     ranked = sorted(cases.select("cuda"), key=gpu_goals.rank)
     assert [(work.suite, work.case) for work in ranked[: len(GOALS)]] == [(goal.suite, goal.case) for goal in GOALS]
     first = {work.key for work in cases.select("cuda", last_tier=0)}

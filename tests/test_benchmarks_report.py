@@ -18,7 +18,7 @@ matplotlib = pytest.importorskip("matplotlib")
 
 def test_the_readme_shows_the_committed_rows(capsys: pytest.CaptureFixture[str]) -> None:
     assert report.differences() == []
-    assert report.table(report.newest()) in report.README.read_text()
+    assert report.table(report.newest(), headlines=True) in report.README.read_text()
     for path in report.evidence():
         if report.is_stale(harness.read(path)):
             with capsys.disabled():
@@ -102,6 +102,37 @@ def test_one_command_draws_everything_and_the_check_finds_what_differs(
     assert report.main(["--check"]) == 1
     assert "shows other rows" in capsys.readouterr().out
     assert len(report.differences()) == 2 + len(figures.FIGURES)
+
+
+def test_a_run_that_was_cut_short_does_not_take_the_place_of_a_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = harness.read(report.newest())
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    harness.write(whole[:40], tmp_path / "cpu-b-2026-01-03.csv")
+    assert report.newest().name == "cpu-b-2026-01-03.csv"
+    harness.write(whole, tmp_path / "cpu-a-2026-01-02.csv")
+    assert report.newest().name == "cpu-a-2026-01-02.csv"
+
+
+def test_the_readme_has_the_headlines_in_their_order(results: Path) -> None:
+    (row,) = grid("forward")[:1]
+    suites = ("patch_embed stem", "overhead eager call", "attention forward", "model inference, eager")
+    rows = [dataclasses.replace(row, suite=suite, disturbed=int(suite == "patch_embed stem")) for suite in suites]
+    path = results / "cpu-some-2026-01-02.csv"
+    harness.write(rows, path)
+
+    def shown(**options: bool) -> list[str]:
+        lines = report.table(path, **options).splitlines()
+        return [line.split(" | ")[0].removeprefix("| ") for line in lines if line.startswith("| ")][1:]
+
+    first = ["model inference, eager", "attention forward", "overhead eager call"]
+    assert shown(headlines=True) == first
+    assert shown() == [*first, "patch_embed stem"]
+    assert "Others used the same processor during 1 of them." in report.table(path)
+    # A file of other suites has a table all the same.
+    harness.write(rows[:1], path)
+    assert shown(headlines=True) == ["patch_embed stem"]
 
 
 def test_costs_are_told_and_stand_under_no_roof(results: Path) -> None:

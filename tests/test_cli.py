@@ -17,6 +17,7 @@ from torch import nn
 import fastvit.commands.demo as demo
 import fastvit.commands.subject as subjects
 from fastvit.cli import _parser, main
+from fastvit.commands import quiet, timing
 from fastvit.commands.timing import Clock, _own_seconds, race
 from fastvit.kernels import native
 from fastvit.ops import backends
@@ -60,9 +61,9 @@ class TestDemo:
         ]  # fmt: skip
         for one in figures["times"]:
             assert one["ratio"] == pytest.approx(one["pytorch_ms"]["p50"] / one["fastvit_ms"]["p50"])
-            for timing in (one["pytorch_ms"], one["fastvit_ms"]):
-                assert 0 < timing["p20"] <= timing["p50"] <= timing["p80"]
-                assert timing["rounds"] == 3
+            for times in (one["pytorch_ms"], one["fastvit_ms"]):
+                assert 0 < times["p20"] <= times["p50"] <= times["p80"]
+                assert times["rounds"] == 3
         assert figures["images"] == [2, 3, 224, 224]
         assert figures["weights"] == "random (seed 0)"
         assert figures["threads"] == 1
@@ -289,6 +290,25 @@ def test_other_processes_are_noticed() -> None:
     assert demo._company(torch.device("cuda"), 99.0) == []
     assert demo._company(cpu, processors - torch.get_num_threads() + 0.1) == []
     assert "so the times say little" in demo._company(cpu, processors - torch.get_num_threads() + 0.9)[0]
+
+
+@pytest.mark.parametrize(
+    ("calm", "rounds", "counted", "disturbed"),
+    # Of five rounds two are quiet, or one; of a number that was asked for all count.
+    [((1, 4), None, 2, 0), ((4,), None, 5, 4), ((1, 4), 5, 5, 0), ((), 5, 5, 5)],
+)
+def test_rounds_that_others_work_ran_through_do_not_count(
+    calm: tuple[int, ...], rounds: int | None, counted: int, disturbed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Asked before and after each of five rounds.
+    answers = iter([index // 2 in calm for index in range(10)])
+    monkeypatch.setattr(quiet, "of_threads", lambda threads: lambda: next(answers))
+    monkeypatch.setattr(timing, "FEWEST_ROUNDS", 5)
+    result = race("x", int, int, torch.device("cpu"), -1.0, rounds)
+    assert (result.pytorch.rounds, result.fastvit.rounds, result.disturbed) == (counted, counted, disturbed)
+    notes = demo._neighbours([result])
+    assert bool(notes) == bool(disturbed)
+    assert not notes or "in most rounds of: x" in notes[0]
 
 
 def test_race_is_taken_in_turn() -> None:

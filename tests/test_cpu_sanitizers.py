@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-# One worker of pytest-xdist builds each program once.
-pytestmark = pytest.mark.xdist_group("cpu_sanitizers")
+# One worker of pytest-xdist builds the program that several tests run.
+shares_driver = pytest.mark.xdist_group("cpu_sanitizers")
 ROOT = Path(__file__).parent.parent
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 # Without optimisation the kernels compile three times as fast, and every access is checked as it is written. The
@@ -82,6 +82,7 @@ def supported(driver: Path) -> list[str]:
     return refusal.rsplit("accepts ", 1)[1].strip().split(", ")
 
 
+@shares_driver
 def test_address_and_undefined_behaviour_are_clean(driver: Path, instruction_sets: dict[str, str]) -> None:
     capabilities = supported(driver)
     assert "baseline" in capabilities
@@ -94,6 +95,7 @@ def test_address_and_undefined_behaviour_are_clean(driver: Path, instruction_set
         assert result.stdout == f"{name}: {COMPARISONS} comparisons\n"
 
 
+@shares_driver
 @pytest.mark.parametrize("fault", ["short-output", "short-key", "short-image", "short-weight"])
 def test_a_buffer_without_its_last_row_is_caught(driver: Path, fault: str) -> None:
     for name in supported(driver):

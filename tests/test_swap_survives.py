@@ -312,16 +312,19 @@ def test_compile_with_a_dynamic_batch_and_two_image_sizes(name: str) -> None:
 
 
 @of("torchvision", "transformers", "torch.nn", *CLIPS)
-def test_aot_inductor_package(name: str, tmp_path: Path) -> None:
+def test_export_with_a_dynamic_batch(name: str, tmp_path: Path) -> None:
     model = build(name)
     swap(model, strict=True)
     batches = ({0: torch.export.Dim("batch", min=1, max=64)},)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.export.export(model, (x(3),), dynamic_shapes=batches)
-        loaded = torch._inductor.aoti_load_package(
-            torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
-        )
+        loaded: Any = program.module()
+        if name == "transformers":
+            # An AOTInductor package holds the same ops, whichever library they come from (timm's packed one:
+            # tests/test_swap_behaviour.py).
+            package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+            loaded = torch._inductor.aoti_load_package(package)
         for batch in (1, 5):
             torch.testing.assert_close(loaded(x(batch)), model(x(batch)), rtol=1e-4, atol=1e-4)
         assert ops_run(lambda: loaded(x(5))) == MODELS[name][1]

@@ -62,7 +62,8 @@ def test_a_compiled_tower_breaks_no_more_often() -> None:
         model = tower(is_swapped)
         torch._dynamo.reset()
         counters.clear()
-        compiled = torch.compile(model, backend="aot_eager")
+        # Breaks are dynamo's; the next tests compile further.
+        compiled = torch.compile(model, backend="eager")
         with torch.no_grad():
             for grids, hidden in zip((GRIDS, GRIDS[:1]), expected, strict=True):
                 inputs = hugging.patches(grids)

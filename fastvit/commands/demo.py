@@ -68,7 +68,7 @@ def _run(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype
     del subject.exact
     clock = Clock()
     races = _races(subject, arguments.repeats)
-    crowd = _company(device, clock.processors_busy_elsewhere())
+    crowd = _company(device, clock.processors_busy_elsewhere()) or _neighbours(races)
     subject.crowded, subject.notes = bool(crowd), subject.notes + crowd
     console.print(_time_table(races))
     console.print(_backend_table(subject))
@@ -93,6 +93,17 @@ def _company(device: torch.device, others: float) -> list[str]:
     return [
         f"other processes kept {others:.1f} of {processors} processors busy meanwhile, so the times say little: try "
         "again when the machine is idle, or with fewer --threads"
+    ]
+
+
+def _neighbours(races: list[Race]) -> list[str]:
+    """Return a note if others' work ran on the same cores, which on a virtual machine no list of processes shows."""
+    names = [race.name for race in races if race.disturbed]
+    if not names:
+        return []
+    return [
+        f"others used the same processor cores in most rounds of: {', '.join(names)}; on a virtual machine that is "
+        "somebody else's work, and the times say little: try again"
     ]
 
 

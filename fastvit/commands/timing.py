@@ -6,13 +6,15 @@ import gc
 import os
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from fastvit.commands import quiet
 
 WARM_UPS = 2
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 200
@@ -32,11 +34,15 @@ class Timing:
 
 @dataclass(frozen=True)
 class Race:
-    """Both versions of one piece of work; ``ratio`` is PyTorch's p50 over fastvit's, so above 1 fastvit is faster."""
+    """Both versions of one piece of work; ``ratio`` is PyTorch's p50 over fastvit's, so above 1 fastvit is faster.
+
+    During ``disturbed`` of the rounds others used the processor: they count because too few others were quiet.
+    """
 
     name: str
     pytorch: Timing
     fastvit: Timing
+    disturbed: int = 0
 
     @property
     def ratio(self) -> float:
@@ -46,7 +52,7 @@ class Race:
     def figures(self) -> dict[str, Any]:
         """Return the race as JSON figures, times in milliseconds."""
         return {"name": self.name, "pytorch_ms": vars(self.pytorch), "fastvit_ms": vars(self.fastvit),
-                "ratio": self.ratio}  # fmt: skip
+                "ratio": self.ratio, "disturbed_rounds": self.disturbed}  # fmt: skip
 
 
 class Clock:
@@ -102,6 +108,9 @@ def ratio_text(ratio: float) -> str:
 def race(name: str, pytorch: Work, fastvit: Work, device: torch.device, budget: float, rounds: int | None) -> Race:
     """Time both in one loop, first PyTorch's and then fastvit's, so that whatever the machine does meets both.
 
+    On a CPU only rounds count that others' work did not run through, if a third of them are such, unless ``rounds``
+    says how many are to count.
+
     Args:
         name: what is timed.
         pytorch, fastvit: the same work without arguments.
@@ -111,7 +120,9 @@ def race(name: str, pytorch: Work, fastvit: Work, device: torch.device, budget: 
     """
     for _ in range(WARM_UPS):
         pytorch(), fastvit()
-    times: tuple[list[float], list[float]] = ([], [])
+    is_quiet = quiet.of_threads(torch.get_num_threads()) if device.type == "cpu" else lambda: True
+    calm: list[tuple[float, float]] = []
+    disturbed: list[tuple[float, float]] = []
     gc.collect()
     was_enabled = gc.isenabled()
     gc.disable()
@@ -120,12 +131,15 @@ def race(name: str, pytorch: Work, fastvit: Work, device: torch.device, budget: 
         for index in range(rounds or MOST_ROUNDS):
             if rounds is None and index >= FEWEST_ROUNDS and time.perf_counter() - started > budget:
                 break
-            times[0].append(_milliseconds(pytorch, device))
-            times[1].append(_milliseconds(fastvit, device))
+            before = is_quiet()
+            samples = _milliseconds(pytorch, device), _milliseconds(fastvit, device)
+            (calm if is_quiet() and before else disturbed).append(samples)
     finally:
         if was_enabled:
             gc.enable()
-    return Race(name, _percentiles(times[0]), _percentiles(times[1]))
+    is_enough = len(calm) >= quiet.ENOUGH * (len(calm) + len(disturbed))
+    theirs, ours = zip(*calm, *([] if is_enough and rounds is None else disturbed), strict=True)
+    return Race(name, _percentiles(theirs), _percentiles(ours), 0 if is_enough else len(disturbed))
 
 
 def _milliseconds(work: Work, device: torch.device) -> float:
@@ -142,6 +156,6 @@ def _milliseconds(work: Work, device: torch.device) -> float:
     return (time.perf_counter() - started) * 1e3
 
 
-def _percentiles(times: list[float]) -> Timing:
+def _percentiles(times: Sequence[float]) -> Timing:
     p20, p50, p80 = (float(value) for value in np.percentile(times, (20, 50, 80)))
     return Timing(p20, p50, p80, len(times))

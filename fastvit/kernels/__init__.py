@@ -1,1 +1,1 @@
-"""Kernels, tensor in and tensor out: no autograd, no policy, no environment variables."""
+"""Kernels, tensor in and tensor out: no autograd, no policy."""

@@ -17,7 +17,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import correctness, gpu, harness, leases, processes, roofline, runner, timers
+from benchmarks import correctness, earlier_runs, gpu, harness, processes, roofline, runner, timers
 from benchmarks.roofline import Machine
 
 MACHINE = Machine("cpu", "device", "avx2", 1, "driver", {"float32": 100.0}, 10.0)
@@ -123,8 +123,11 @@ def test_committed_rows_that_are_fresh_count_in_another_folder_too(
 def test_a_reason_of_other_kernels_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notes = ["case A: cpu: cannot", "case A: SDPA: cannot", "case B: failed: MemoryError", "case A: triton: cannot"]
     before = [{"sources": {"cpu": "0" * 12, "triton": harness.source_hash("triton")}}]
-    assert leases._standing(notes, before) == notes[1:]
-    assert leases.merged(notes, {"case A"}, ["case A: cuda: no"]) == ["case A: cuda: no", "case B: failed: MemoryError"]
+    assert earlier_runs._standing(notes, before) == notes[1:]
+    assert earlier_runs.merged(notes, {"case A"}, ["case A: cuda: no"]) == [
+        "case A: cuda: no",
+        "case B: failed: MemoryError",
+    ]
 
 
 def test_a_tree_without_git_is_told_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,12 +172,12 @@ def test_known_faults_are_of_these_kernels_on_this_device(tmp_path: Path, monkey
     for folder in (out, committed):
         folder.mkdir()
     monkeypatch.setattr(harness, "RESULTS", committed)
-    known = leases.Known.load(committed, "cpu")
+    known = earlier_runs.Known.load(committed, "cpu")
     known.faults["case"] = "hangs"
     known.save()
-    assert leases.Known.load(out, "cpu").faults == {"case": "hangs"}
+    assert earlier_runs.Known.load(out, "cpu").faults == {"case": "hangs"}
     monkeypatch.setattr(roofline, "device_name", lambda device: "another")
-    assert not leases.Known.load(out, "cpu").faults
+    assert not earlier_runs.Known.load(out, "cpu").faults
 
 
 # The suites' own process, with tiny cases, one of which never ends.
@@ -245,7 +248,7 @@ def test_the_last_case_is_ended_with_the_budget_and_is_no_fault(
     assert gpu.main(["--device", "cpu", "--no-correctness", "--out", str(tmp_path), "--budget", "2"]) == 0
     assert 1.5 < time.monotonic() - start < 10
     assert "the budget was spent in the last case: it is for the next run" in capsys.readouterr().out
-    assert not leases.Known.load(tmp_path, "cpu").faults
+    assert not earlier_runs.Known.load(tmp_path, "cpu").faults
     # No case is begun so late that it is sure to be ended.
     assert all(begin < end for begin, end in budgets)
 

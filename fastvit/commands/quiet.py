@@ -15,6 +15,8 @@ import torch
 
 # A product that takes longer than its best by this has company: alone it varies by 10 %, beside others it takes twice.
 SLACK = 1.25
+# Of the rounds of samples: where so many were quiet, the others do not count.
+ENOUGH = 1 / 3
 # The product's side, as large as it may be and take less than LONGEST: processors without tiles have a smaller one.
 SIDES = (384, 192, 96)
 LONGEST = 1e-3

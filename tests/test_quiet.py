@@ -1,4 +1,4 @@
-"""benchmarks/quiet.py, and what a round of samples is worth that others' work ran through."""
+"""fastvit/commands/quiet.py, and what a round of samples is worth that others' work ran through."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import goals, harness, quiet, report, runner, timers
+from benchmarks import goals, harness, report, runner, timers
 from benchmarks.roofline import Machine
 from benchmarks.timers import Entry
+from fastvit.commands import quiet
 
 
 def test_a_yardstick_that_takes_longer_than_its_best_has_company(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +93,7 @@ def test_patience_ends_and_what_was_taken_then_is_counted(monkeypatch: pytest.Mo
 def test_of_enough_quiet_rounds_the_others_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     times, calls = measured(monkeypatch, [True, False, False, False], 1e-6)
     assert (len(times.samples), times.disturbed, calls) == (1, 0, 4)
-    monkeypatch.setattr(timers, "ENOUGH_QUIET", 0.5)
+    monkeypatch.setattr(quiet, "ENOUGH", 0.5)
     times, _ = measured(monkeypatch, [True, False, False, False], 1e-6)
     assert (len(times.samples), times.disturbed) == (3, 2)
 
