@@ -95,7 +95,9 @@ def sanitizer_check(tool: str) -> str:
 
 
 def unsanitized(known: Known) -> list[str]:
-    """Return the tools that have no verdict on these kernels yet."""
+    """Return the tools that are here and have no verdict on these kernels yet."""
+    if shutil.which("compute-sanitizer", path=search_path()) is None:
+        return []
     return [tool for tool in TOOLS if sanitizer_check(tool) not in known.checks]
 
 

@@ -128,6 +128,7 @@ def test_what_comes_behind_the_suites_is_kept_beside_their_rows(
 
 def test_the_sanitizer_may_be_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu.shutil, "which", lambda name, path: None)
+    assert gpu.unsanitized(Known(tmp_path / "known.json", {})) == []
     assert gpu.sanitize(1.0, tmp_path / "log", Known(tmp_path / "known.json", {})) == {
         "compute-sanitizer": "was found neither on PATH nor in the toolkit"
     }
@@ -144,6 +145,10 @@ def test_the_sanitizer_of_the_toolkit_is_found_without_it_on_path(
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     found = gpu.sanitize(60.0, tmp_path / "log", Known(tmp_path / "known.json", {}))
     assert found == dict.fromkeys(("memcheck", "racecheck"), "clean: ERROR SUMMARY: 0 errors")
+    known = Known(tmp_path / "known.json", {})
+    assert gpu.unsanitized(known) == ["memcheck", "racecheck"]
+    known.checks[gpu.sanitizer_check("racecheck")] = "clean"
+    assert gpu.unsanitized(known) == ["memcheck"]
 
 
 def few_cases() -> list[correctness.Case]:

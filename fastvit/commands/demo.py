@@ -97,13 +97,13 @@ def _company(device: torch.device, others: float) -> list[str]:
 
 
 def _neighbours(races: list[Race]) -> list[str]:
-    """Return a note if others' work ran on the same cores, which on a virtual machine no list of processes shows."""
+    """Return a note if the processor was slow in between: others' work on the same cores, which nobody else shows."""
     names = [race.name for race in races if race.disturbed]
     if not names:
         return []
     return [
-        f"others used the same processor cores in most rounds of: {', '.join(names)}; on a virtual machine that is "
-        "somebody else's work, and the times say little: try again"
+        f"the processor was much slower than at its best in most rounds of: {', '.join(names)}. On a virtual machine "
+        "others use the same cores unseen, else it may be hot: the times say little, try again"
     ]
 
 
