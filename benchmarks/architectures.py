@@ -192,9 +192,13 @@ def stale(rows: list[Row]) -> list[str]:
         for each in architectures()
         if (each.library, each.name) not in {(row.library, row.model) for row in rows}
     ]
-    if any(row.sources != harness.source_hash() for row in rows):
+    if _kernels_changed(rows):
         reasons.append("the kernels have changed")
     return reasons
+
+
+def _kernels_changed(rows: list[Row]) -> bool:
+    return bool({row.sources for row in rows} - {harness.source_hash()})
 
 
 def _ops(row: Row) -> str:
@@ -209,7 +213,7 @@ def _versions(row: Row) -> str:
 
 def page_of(rows: list[Row]) -> str:
     """Return the Markdown page of these rows."""
-    mark = MARK if any(row.sources != harness.source_hash() for row in rows) else ""
+    mark = MARK if _kernels_changed(rows) else ""
     head = f"""# What a swap does to {len(rows)} architectures
 
 {mark}Made by `python -m benchmarks architectures --write`. Real classes at their real width, two layers deep, random

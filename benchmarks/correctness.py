@@ -12,7 +12,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -83,26 +83,26 @@ def finished(path: Path, backend: str, device: str) -> dict[str, dict[str, Any]]
     if not path.exists():
         return found
     expected = stamp(backend, device)
-    for text in path.read_text().splitlines():
-        try:
-            entry = json.loads(text)
-        except ValueError:
-            # The last line of a process that was ended while it wrote.
-            continue
+    for entry in _entries(path):
         if all(entry.get(key) == value for key, value in expected.items()) and entry["state"] != "began":
             found[entry["case"]] = entry
     return found
 
 
+def _entries(path: Path) -> Iterator[dict[str, Any]]:
+    for text in path.read_text().splitlines():
+        # The last line may be that of a process that was ended while it wrote.
+        with contextlib.suppress(ValueError):
+            yield json.loads(text)
+
+
 def forget_faults(path: Path) -> None:
     """Keep of a file the cases that passed: all others are tried again."""
-    passed = []
-    for text in path.read_text().splitlines():
-        with contextlib.suppress(ValueError):
-            entry = json.loads(text)
-            if entry["state"] == "ran" and all(ratio <= 1.0 for ratio in entry["ratios"].values()):
-                passed.append(text + "\n")
-    path.write_text("".join(passed))
+    entries = [entry for entry in _entries(path) if entry["state"] == "ran"]
+    passed = [entry for entry in entries if all(ratio <= 1.0 for ratio in entry["ratios"].values())]
+    with open(path, "w") as file:
+        for entry in passed:
+            _append(file, entry)
 
 
 def work_off(backend: str, device: str, path: Path, seconds: float) -> None:
@@ -174,10 +174,7 @@ def run(
 
 def _bury(path: Path) -> None:
     """Write down that the case that was running has ended its process."""
-    entries = []
-    for text in path.read_text().splitlines():
-        with contextlib.suppress(ValueError):
-            entries.append(json.loads(text))
+    entries = list(_entries(path))
     if entries and entries[-1]["state"] == "began":
         with open(path, "a") as file:
             _append(file, entries[-1] | {"state": "died"})

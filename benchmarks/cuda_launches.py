@@ -66,9 +66,9 @@ def measure() -> Iterator[Launch]:
     Raises:
         ImportError: the emulator is not built.
     """
-    calls = _calls()
+    calls, resources = _calls(), cuda_resources.read()
     for device in DEVICES:
-        registers = {row.kernel: row.registers for row in cuda_resources.read() if row.arch == device.code}
+        registers = {row.kernel: row.registers for row in resources if row.arch == device.code}
         with planning(device, registers) as noted:
             for work, call in calls.items():
                 for kernel, blocks, threads, shared_bytes in noted(call):

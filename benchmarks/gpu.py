@@ -86,6 +86,11 @@ FOUND = 9
 TOOLS = ("memcheck", "racecheck")
 
 
+def find_sanitizer() -> str | None:
+    """Return compute-sanitizer's path, if it is on PATH or in the toolkit."""
+    return shutil.which("compute-sanitizer", path=search_path())
+
+
 def sanitizer_check(tool: str) -> str:
     """Return what a tool's verdict is kept as: it belongs to the cases that it has seen."""
     digest = hashlib.sha256(SANITIZED.encode())
@@ -96,7 +101,7 @@ def sanitizer_check(tool: str) -> str:
 
 def unsanitized(known: Known) -> list[str]:
     """Return the tools that are here and have no verdict on these kernels yet."""
-    if shutil.which("compute-sanitizer", path=search_path()) is None:
+    if find_sanitizer() is None:
         return []
     return [tool for tool in TOOLS if sanitizer_check(tool) not in known.checks]
 
@@ -106,7 +111,7 @@ def sanitize(seconds: float, log: Path, known: Known) -> dict[str, str]:
 
     Only the exit status that the tool was given for findings is a finding: some virtual machines refuse the tool.
     """
-    program = shutil.which("compute-sanitizer", path=search_path())
+    program = find_sanitizer()
     if program is None:
         return {"compute-sanitizer": "was found neither on PATH nor in the toolkit"}
     said: dict[str, str] = {}

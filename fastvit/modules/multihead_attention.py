@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastvit.kernels.spec import MAX_HEAD_DIM, AttentionSpec
 from fastvit.modules.fused import FusedForward, has_hooks, own_obstacles
 from fastvit.ops import attention, attention_qkvpacked
-from fastvit.ops.autocast import autocast_dtype
+from fastvit.ops.checks import is_bias_dtype
 
 PARTS = frozenset(
     {
@@ -318,5 +318,4 @@ class FusedMultiheadAttention(FusedForward, nn.MultiheadAttention):
 def _is_mask(mask: Tensor | None, shapes: tuple[tuple[int, ...], ...], query: Tensor) -> bool:
     if mask is None:
         return True
-    is_known = mask.dtype in (torch.bool, torch.float32) or autocast_dtype(mask) == autocast_dtype(query)
-    return tuple(mask.shape) in shapes and is_known
+    return tuple(mask.shape) in shapes and is_bias_dtype(mask, query)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastvit.ops import attention_op as _attention_op  # noqa: F401 (importing it registers the ops)
 from fastvit.ops.backends import check_backend_name
-from fastvit.ops.checks import check_bias, check_head_dim, check_same, check_scale, check_tensor
+from fastvit.ops.checks import broadcasts, check_bias, check_head_dim, check_same, check_scale, check_tensor
 from fastvit.ops.eager import attention_goes_straight, packed_goes_straight
 
 
@@ -263,8 +263,7 @@ def _mask_as_bias(attn_mask: Tensor, query: Tensor, key: Tensor) -> Tensor | Non
         return check_bias("attn_mask", attn_mask, query, (*query.shape[:3], key.shape[-2]))
     leading, lengths = query.shape[:-2], (query.shape[-2], key.shape[-2])
     scores = (*leading, *lengths)
-    given = zip(reversed(attn_mask.shape), reversed(scores), strict=False)
-    if attn_mask.dim() > len(scores) or any(size not in (1, wanted) for size, wanted in given):
+    if not broadcasts(attn_mask, scores):
         raise ValueError(f"attn_mask: got shape {tuple(attn_mask.shape)}; accepted is what broadcasts to {scores}")
     if attn_mask.dim() > 2:
         attn_mask = _as_rank_4(attn_mask.expand(*leading, *attn_mask.shape[-2:]))

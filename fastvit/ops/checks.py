@@ -4,6 +4,7 @@ what is accepted."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -51,6 +52,17 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     return float(scale)
 
 
+def is_bias_dtype(bias: Tensor, query: Tensor) -> bool:
+    """Return whether ``bias`` is bool, float32 or of the dtype in which query enters the op."""
+    return bias.dtype in (torch.bool, torch.float32) or autocast_dtype(bias) == autocast_dtype(query)
+
+
+def broadcasts(tensor: Tensor, shape: Sequence[int]) -> bool:
+    """Return whether ``tensor`` broadcasts to ``shape``."""
+    sizes = zip(reversed(tensor.shape), reversed(shape), strict=False)
+    return tensor.dim() <= len(shape) and all(given in (1, wanted) for given, wanted in sizes)
+
+
 def check_bias(name: str, bias: Tensor | None, query: Tensor, scores_shape: tuple[int, int, int, int]) -> Tensor | None:
     """Return ``bias`` with four dimensions that broadcast to ``scores_shape`` [B, H, Nq, Nk], else raise."""
     if bias is None:
@@ -59,7 +71,7 @@ def check_bias(name: str, bias: Tensor | None, query: Tensor, scores_shape: tupl
         raise TypeError(f"{name}: got {type(bias).__name__}; accepted are None and a tensor")
     if bias.device != query.device:
         raise ValueError(f"{name}: got device {bias.device}; it must be on query's device {query.device}")
-    if bias.dtype not in (torch.bool, query.dtype, torch.float32) and autocast_dtype(bias) != autocast_dtype(query):
+    if not is_bias_dtype(bias, query):
         raise TypeError(
             f"{name}: got dtype {bias.dtype}; accepted are bool (True = take part), query's {query.dtype} and float32"
         )
@@ -68,9 +80,7 @@ def check_bias(name: str, bias: Tensor | None, query: Tensor, scores_shape: tupl
             f"{name}: requires grad, and its gradient is not supported yet; accepted is a tensor without grad "
             f"({name}.detach()), or torch.nn.functional.scaled_dot_product_attention where the gradient is needed"
         )
-    if bias.dim() > 4 or any(
-        given not in (1, wanted) for given, wanted in zip(reversed(bias.shape), reversed(scores_shape), strict=False)
-    ):
+    if not broadcasts(bias, scores_shape):
         raise ValueError(
             f"{name}: got shape {tuple(bias.shape)}; accepted is what broadcasts to "
             f"(batch, num_heads, seqlen_q, seqlen_k) = {scores_shape}"
