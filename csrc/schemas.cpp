@@ -39,6 +39,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastvit, m) {
   m.def(
       "attention_qkvpacked.cpu(Tensor qkv, Tensor? bias, bool is_causal, float scale)"
       " -> (Tensor output, Tensor lse)");
+  m.def(
+      "attention_qkvpacked_backward.cpu(Tensor grad_output, Tensor? grad_lse, Tensor qkv, Tensor? bias, Tensor output,"
+      " Tensor lse, bool is_causal, float scale) -> Tensor grad_qkv");
   m.def("patch_embed.cpu(Tensor images, Tensor weight, Tensor? bias) -> Tensor");
 }
 #endif

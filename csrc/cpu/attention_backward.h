@@ -38,6 +38,11 @@ class AttentionBackward {
     blocks_ = ceil_div(p.seqlen_q, W);
     group_ = max64(1, min64(blocks_, kGroupBlocks));
     leaves_ = max64(1, min64(blocks_, kLeaves));
+    const int64_t keys = p.seqlen_k * (p.head_dim + p.head_dim_v), queries = p.seqlen_q * p.head_dim;
+    const int64_t bytes = p.batch * p.num_heads * (queries + keys) * int64_t(sizeof(In));
+    // Rows of 16 bits are written in halves of a line.
+    streamed_ = __is_same(In, float) && is_streamed<In>(p.grad_query, p.head_dim, bytes) &&
+                is_streamed<In>(p.grad_key, p.head_dim, bytes) && is_streamed<In>(p.grad_value, p.head_dim_v, bytes);
   }
 
   // Another number of leaves than this kernel's own, for one that shares the sums with it.
@@ -59,6 +64,7 @@ class AttentionBackward {
       run_leaves(0, leaves_, head_sums_);
       write_sums(0, p_.seqlen_k, head_sums_);
     }
+    end_stream(streamed_);
   }
 
   // Leaves [begin, end) of the heads from split.first_head on: dQ of their queries, and their sums.
@@ -71,6 +77,7 @@ class AttentionBackward {
       if (index != loaded) load_head(loaded = index);
       run_leaves(leaf, leaf + 1, partial(split, task));
     }
+    end_stream(streamed_);
   }
 
   // Slices [begin, end) of kReduceKeys keys of the same heads: adds up the sums of the leaves, and writes dK and dV.
@@ -88,6 +95,7 @@ class AttentionBackward {
       place(split.first_head + head);
       write_sums(first, count, sums);
     }
+    end_stream(streamed_);
   }
 
  protected:
@@ -120,7 +128,7 @@ class AttentionBackward {
     pack_rows(head_of<In>(p_.value, batch_, head_), p_.value.row_stride, value_);
     pack_columns(head_of<In>(p_.key, batch_, head_), p_.key.row_stride, key_columns_);
     // For writing, where they stay in the cache until the sums are complete.
-    if (p_.seqlen_k <= 4 * kFetchedRows) {
+    if (!streamed_ && p_.seqlen_k <= 4 * kFetchedRows) {
       fetch_rows<true>(head_of<In>(p_.grad_key, batch_, head_), p_.grad_key.row_stride, p_.seqlen_k, p_.head_dim);
       fetch_rows<true>(head_of<In>(p_.grad_value, batch_, head_), p_.grad_value.row_stride, p_.seqlen_k, p_.head_dim_v);
     }
@@ -195,8 +203,10 @@ class AttentionBackward {
   // P, dS and dQ of a block, the `place`-th of its group.
   void run_block(const QueryBlock<T>& block, int64_t place, int64_t keys) {
     T *probabilities = probabilities_ + place * W * p_.seqlen_k, *grad_scores = grad_scores_ + place * W * p_.seqlen_k;
-    fetch_rows<true>(head_of<In>(p_.grad_query, block.batch, block.head) + block.first * p_.grad_query.row_stride,
-                     p_.grad_query.row_stride, block.count, p_.head_dim);
+    if (!streamed_) {
+      fetch_rows<true>(head_of<In>(p_.grad_query, block.batch, block.head) + block.first * p_.grad_query.row_stride,
+                       p_.grad_query.row_stride, block.count, p_.head_dim);
+    }
     load_block(p_.query, block, p_.head_dim, scale_.queries, query_rows_ + place * W * padded_dim_, query_lanes_);
     load_block(p_.grad_output, block, p_.head_dim_v, T(1), grad_output_rows_ + place * W * padded_dim_v_,
                grad_output_lanes_);
@@ -213,7 +223,7 @@ class AttentionBackward {
     In* grad_query = mutable_head_of<In>(p_.grad_query, batch_, head_) + block.first * p_.grad_query.row_stride;
     for (int64_t first = 0; first < block.count; first += L) {
       store_transposed(grad_query_lanes_ + first, W, splat(T(p_.scale)), min64(L, block.count - first), p_.head_dim,
-                       grad_query + first * p_.grad_query.row_stride, p_.grad_query.row_stride);
+                       grad_query + first * p_.grad_query.row_stride, p_.grad_query.row_stride, streamed_);
     }
   }
 
@@ -326,13 +336,16 @@ class AttentionBackward {
              int64_t source_stride, int64_t columns) const {
     In* target = mutable_head_of<In>(view, batch, head) + first * view.row_stride;
     for (int64_t r = 0; r < count; ++r) {
-      store_row(source + r * source_stride, columns, target + r * view.row_stride);
+      for (int64_t c = 0; c < columns; c += L) {
+        store_first(load(source + r * source_stride + c), columns - c, target + r * view.row_stride + c, streamed_);
+      }
     }
   }
 
   const AttentionBackwardParams& p_;
   const Scale<T> scale_;
   int64_t padded_dim_, padded_dim_v_, sums_size_, blocks_, group_, leaves_;
+  bool streamed_;
   int64_t batch_ = 0, head_ = 0;
   PackedMatrix<T> key_{}, value_{}, key_columns_{};
   T *query_lanes_, *grad_output_lanes_, *grad_query_lanes_, *query_rows_, *grad_output_rows_;

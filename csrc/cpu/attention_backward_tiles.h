@@ -46,6 +46,7 @@ class AttentionBackwardTiles : private AttentionBackward<In> {
         plain_.run(index, index + 1);
       }
     }
+    end_stream(this->streamed_);
   }
 
   void run_parts(const AttentionSplit& split, int64_t begin, int64_t end) {
@@ -63,6 +64,7 @@ class AttentionBackwardTiles : private AttentionBackward<In> {
         plain_.run_parts(split, task, task + 1);
       }
     }
+    end_stream(this->streamed_);
   }
 
  private:

@@ -19,6 +19,13 @@ inline In* mutable_head_of(const View4& view, int64_t batch, int64_t head) {
   return static_cast<In*>(view.data) + batch * view.batch_stride + head * view.head_stride;
 }
 
+// Whether forward's output is streamed.
+template <class In>
+inline bool streams_output(const AttentionParams& p) {
+  return is_streamed<In>(p.output, p.head_dim_v,
+                         p.batch * p.num_heads * p.seqlen_q * p.head_dim_v * int64_t(sizeof(In)));
+}
+
 template <class T>
 inline T bias_element(const BiasView& bias, int64_t offset) {
   switch (bias.type) {

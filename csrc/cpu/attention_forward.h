@@ -28,6 +28,7 @@ class AttentionForward {
     keys_per_block_ = ceil_div(p.seqlen_k, key_blocks_);
     padded_dim_ = round_up(p.head_dim, L);
     padded_dim_v_ = round_up(p.head_dim_v, L);
+    streamed_ = __is_same(In, float) && streams_output<In>(p);
   }
 
   static int64_t blocks_per_head(const AttentionParams& p) { return ceil_div(p.seqlen_q, W); }
@@ -54,6 +55,7 @@ class AttentionForward {
       }
       run_block(block_of(task));
     }
+    end_stream(streamed_);
   }
 
  private:
@@ -94,7 +96,7 @@ class AttentionForward {
 
   void run_block(QueryBlock<T> block) {
     fetch_rows(query_of(block), p_.query.row_stride, block.count, p_.head_dim);
-    fetch_rows<true>(output_of(block), p_.output.row_stride, block.count, p_.head_dim_v);
+    if (!streamed_) fetch_rows<true>(output_of(block), p_.output.row_stride, block.count, p_.head_dim_v);
     const int64_t rest = block.count % L, single = rest <= kSingleQueries<T> ? rest : 0;
     const int64_t end = block.first + block.count;
     block.count -= single;
@@ -233,7 +235,7 @@ class AttentionForward {
       // A sum of exactly 0 is a row without keys: its output is 0. A NaN sum compares false and stays NaN.
       const Vec<T> sum = sum_[v].total(), inverse = sum == T(0) ? Vec<T>{} : T(1) / sum;
       store_transposed(output_lanes_ + v * L, W, inverse, lanes, p_.head_dim_v, output + v * L * p_.output.row_stride,
-                       p_.output.row_stride);
+                       p_.output.row_stride, streamed_);
       const Vec<T> offset = maximum_[v] == T(-kInfinity) ? Vec<T>{} : maximum_[v];
       store_first(offset + log_of_sum(sum), lanes, lse + v * L);
     }
@@ -242,6 +244,7 @@ class AttentionForward {
   const AttentionParams& p_;
   const Scale<T> scale_;
   int64_t key_blocks_, keys_per_block_, padded_dim_, padded_dim_v_;
+  bool streamed_;
   T *key_, *query_lanes_, *output_lanes_, *scores_;
   T *query_row_, *score_row_, *output_row_;
   PackedMatrix<T> value_{};

@@ -101,11 +101,25 @@ class RestOfKeys {
 
  private:
   void add_bias(const QueryBlock<float>& block) {
-    const int64_t offset = bias_offset(p_.bias, block, p_.seqlen_k - count_);
-    float row[kTilePanel];
-    for (int64_t i = 0; i < block.count; ++i) {
-      load_bias_row(p_.bias, offset + i * p_.bias.query_stride, count_, row);
-      for (int64_t k = 0; k < count_; ++k) scores_[k * kTilePanel + i] += row[k];
+    const BiasView& bias = p_.bias;
+    const int64_t offset = bias_offset(bias, block, p_.seqlen_k - count_);
+    alignas(64) float rows[L][L], lanes[L][L];
+    for (int64_t i = 0; i < block.count; i += L) {
+      const int64_t queries = min64(L, block.count - i), begin = offset + i * bias.query_stride;
+      const auto add = [&](const auto& row) {
+        load_square<false, float>(row, queries, count_, Unscaled(), lanes[0], L);
+        for (int64_t k = 0; k < count_; ++k) {
+          float* scores = scores_ + k * kTilePanel + i;
+          store(scores, load(scores) + load(lanes[k]));
+        }
+      };
+      if (bias.type == BiasType::kFloat32 && bias.key_stride == 1) {
+        const float* source = static_cast<const float*>(bias.data) + begin;
+        add([&](int64_t r) { return source + r * bias.query_stride; });
+      } else {
+        for (int64_t r = 0; r < queries; ++r) load_bias_row(bias, begin + r * bias.query_stride, count_, rows[r]);
+        add([&](int64_t r) { return rows[r]; });
+      }
     }
   }
 

@@ -31,6 +31,7 @@ class AttentionForwardTiles {
         tiled_(without_keys(p, rest_.count())),
         keys_per_block_(round_up(ceil_div(tiled_.seqlen_k, ceil_div(tiled_.seqlen_k, Operands::kKeys)), kTilePanel)),
         padded_dim_v_(round_up(p.head_dim_v, kTilePanel)),
+        streamed_(!__is_same(In, Half) && streams_output<In>(p)),
         operands_(tiled_, keys_per_block_),
         folded_(p.bias.type == BiasType::kNone && operands_.scale() > 0),
         scale_(folded_ ? 1 : operands_.scale()),
@@ -75,6 +76,7 @@ class AttentionForwardTiles {
         loaded = -1;
       }
     }
+    end_stream(streamed_);
   }
 
  private:
@@ -89,7 +91,7 @@ class AttentionForwardTiles {
   void run_block(const QueryBlock<float>& block, const In* query) {
     const int64_t count = block.count;
     // For writing, long before it happens.
-    fetch_rows<true>(output_of(block), p_.output.row_stride, count, p_.head_dim_v);
+    if (!streamed_) fetch_rows<true>(output_of(block), p_.output.row_stride, count, p_.head_dim_v);
     for (int64_t i = 0; i < count; ++i) {
       maximum_[i] = -kInfinity;
       sum_[i] = Vec<float>{};
@@ -113,6 +115,9 @@ class AttentionForwardTiles {
           // In short chunks: a third of one takes 0.2 µs. The vectors between longer ones would take too many.
           if (Operands::kChunk <= 64 && (i == 10 || i == 21)) keep_tiles_awake();
           factor_ == 1 ? exponentials<false>(i, chunk, chunk_keys) : exponentials<true>(i, chunk, chunk_keys);
+          if (Operands::kChunk <= 64 && block.first + kQueries + i < p_.seqlen_q) {
+            fetch_bias(block, kQueries + i, key + chunk, chunk_keys);
+          }
         }
         operands_.multiply_values(count, key + chunk, chunk_keys, key + chunk > 0, output_, kPanelSize);
       }
@@ -120,9 +125,19 @@ class AttentionForwardTiles {
     write(block);
   }
 
+  // Asks for the bias of row i and keys [key, key + keys) where it is read in place, into the second-level cache: the
+  // next block's, a little at a time, since all of it together waits for memory.
+  [[gnu::always_inline]] void fetch_bias(const QueryBlock<float>& block, int64_t i, int64_t key, int64_t keys) const {
+    if (!bias_in_place()) return;
+    const float* source = static_cast<const float*>(p_.bias.data) + bias_offset(p_.bias, block, key);
+    for (int64_t j = 0; j < keys; j += kTileSide) _mm_prefetch(source + i * p_.bias.query_stride + j, _MM_HINT_T1);
+  }
+
+  bool bias_in_place() const { return p_.bias.type == BiasType::kFloat32 && p_.bias.key_stride == 1; }
+
   // The bias of the first `seen` keys of a row: in place where it is stored as it is added, and where there is none, 0.
   const float* bias_row(int64_t offset, int64_t seen) const {
-    if (p_.bias.type == BiasType::kFloat32 && p_.bias.key_stride == 1) {
+    if (bias_in_place()) {
       return static_cast<const float*>(p_.bias.data) + offset;
     }
     if (p_.bias.type == BiasType::kNone) {
@@ -220,10 +235,12 @@ class AttentionForwardTiles {
         high *= inverses[i];
         In* target = output + i * p_.output.row_stride + d;
         if constexpr (__is_same(In, BFloat16)) {
-          store_panel(low, high, p_.head_dim_v - d, target);
+          store_panel(low, high, p_.head_dim_v - d, target, streamed_);
         } else {
-          store_first(low, p_.head_dim_v - d, target);
-          store_first(high, p_.head_dim_v - d - kTileSide, target + kTileSide);
+          store_first(low, p_.head_dim_v - d, target, streamed_);
+          if (p_.head_dim_v - d > kTileSide) {
+            store_first(high, p_.head_dim_v - d - kTileSide, target + kTileSide, streamed_);
+          }
         }
       }
     }
@@ -243,6 +260,7 @@ class AttentionForwardTiles {
   RestOfKeys<In> rest_;
   const AttentionParams tiled_;  // without the keys in `rest_`
   const int64_t keys_per_block_, padded_dim_v_;
+  const bool streamed_;
   Operands operands_;
   const bool folded_;   // the scale, into the exponent; else it is multiplied in before the bias is added
   const float scale_;   // of scores, before the bias and the maximum

@@ -41,6 +41,30 @@ template <class In>
   fetch_rows(source + row * stride, stride, min64(kFetchedRows, rows - row), columns);
 }
 
+// Outputs of more bytes are streamed: written past the caches. An ordinary store first reads the line that it
+// overwrites, and pushes another one out, both in vain where the output is gone from the cache before it is read.
+// Measured with a reader after it (benchmarks/NOTES.md): at 2 to 4 MiB the reader loses what the kernel gains.
+constexpr int64_t kStreamedBytes = int64_t(4) << 20;
+
+// Whether an output of `bytes` bytes with rows of `columns` is streamed: only in whole lines, of which one store has to
+// write all.
+template <class Out>
+inline bool is_streamed(const View4& view, int64_t columns, int64_t bytes) {
+  constexpr int64_t kLine = 64;
+  int64_t all = int64_t(uintptr_t(view.data));
+  for (const int64_t size : {columns, view.batch_stride, view.head_stride, view.row_stride}) {
+    all |= size * int64_t(sizeof(Out));
+  }
+  return kVectorBytes == kLine && bytes > kStreamedBytes && all % kLine == 0;
+}
+
+// Makes the stores of a streamed output visible to whoever waits for this thread.
+inline void end_stream([[maybe_unused]] bool streamed) {
+#if defined(__AVX512F__)
+  if (streamed) _mm_sfence();
+#endif
+}
+
 // target[r][c] = factor · source[r][c] for `rows` rows, widened and padded with zeros to `padded` columns, a multiple
 // of the vector.
 template <class In>
@@ -159,7 +183,7 @@ inline void load_transposed(const In* source, int64_t stride, int64_t rows, int6
 template <bool Full, class Out>
 [[gnu::always_inline]] inline void store_square(const Compute<Out>* source, int64_t source_stride,
                                                 Vec<Compute<Out>> factor, int64_t rows, int64_t columns, Out* target,
-                                                int64_t stride) {
+                                                int64_t stride, bool streamed) {
   using T = Compute<Out>;
   constexpr int L = kLanes<T>;
   Vec<T> block[L];
@@ -170,20 +194,21 @@ template <bool Full, class Out>
   transpose_step<T, 1>(block);
 #pragma GCC unroll 16
   for (int i = 0; i < L; ++i) {
-    if (Full || i < rows) store_first(block[i], Full ? L : columns, target + i * stride);
+    if (Full || i < rows) store_first(block[i], Full ? L : columns, target + i * stride, streamed);
   }
 }
 
 // target[r][c] = factor[r] · source[c][r] for the rows [0, rows) that one vector holds, narrowed.
 template <class Out>
 inline void store_transposed(const Compute<Out>* source, int64_t source_stride, Vec<Compute<Out>> factor, int64_t rows,
-                             int64_t columns, Out* target, int64_t stride) {
+                             int64_t columns, Out* target, int64_t stride, bool streamed) {
   constexpr int L = kLanes<Compute<Out>>;
   for (int64_t c = 0; c < columns; c += L) {
     if (rows >= L && columns - c >= L) {
-      store_square<true>(source + c * source_stride, source_stride, factor, L, L, target + c, stride);
+      store_square<true>(source + c * source_stride, source_stride, factor, L, L, target + c, stride, streamed);
     } else {
-      store_square<false>(source + c * source_stride, source_stride, factor, rows, columns - c, target + c, stride);
+      store_square<false>(source + c * source_stride, source_stride, factor, rows, columns - c, target + c, stride,
+                          streamed);
     }
   }
 }

@@ -327,14 +327,16 @@ inline void store_row(const Compute<Out>* source, int64_t count, Out* target) {
   }
 }
 
-// The first `count` lanes, rounded to nearest even; memory beyond them is not written.
+// The first `count` lanes, rounded to nearest even; memory beyond them is not written. Past the caches if `streamed`,
+// which takes a whole line.
 template <class Out>
-inline void store_first(Vec<Compute<Out>> value, int64_t count, Out* target) {
+inline void store_first(Vec<Compute<Out>> value, int64_t count, Out* target, [[maybe_unused]] bool streamed = false) {
   using T = Compute<Out>;
 #if defined(__AVX512F__)
   if constexpr (!__is_same(Out, double)) {
     const __mmask16 mask = __mmask16(first_lanes(count));
     if constexpr (__is_same(Out, float)) {
+      if (streamed) return _mm512_stream_ps(target, (__m512)value);
       return _mm512_mask_storeu_ps(target, mask, (__m512)value);
     } else {
       return _mm256_mask_storeu_epi16(target, mask, narrow_lanes<Out>((__m512)value));

@@ -329,7 +329,11 @@ inline void stream_product(const BFloat16* a, int64_t a_stride, const BFloat16* 
 }
 
 // Stores the first `count` of one panel's 32 columns, rounded to nearest even.
-inline void store_panel(Vec<float> low, Vec<float> high, int64_t count, BFloat16* target) {
+inline void store_panel(Vec<float> low, Vec<float> high, int64_t count, BFloat16* target, bool streamed = false) {
+  if (streamed) {
+    return _mm512_stream_si512(reinterpret_cast<__m512i*>(target),
+                               (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+  }
   _mm512_mask_storeu_epi16(target, first_lanes(count), (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
 }
 

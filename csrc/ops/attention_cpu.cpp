@@ -1,7 +1,6 @@
 // Attention on the CPU: tensors → params → tasks over torch's threads. fastvit_native::attention_* write into outputs
-// that the caller allocates, as on every device; fastvit::attention.cpu and attention_qkvpacked.cpu are the whole
-// public op in one call, because at a tiny shape each step of Python between schema and kernel takes as long as the
-// kernel.
+// that the caller allocates, as on every device; the overloads `cpu` of the public ops are the whole call in one,
+// because at a tiny shape each step of Python between schema and kernel takes as long as the kernel.
 #include <algorithm>
 #include <limits>
 #include <tuple>
@@ -84,6 +83,36 @@ Outputs attention_qkvpacked(const Tensor& qkv, const std::optional<Tensor>& bias
   return attend_to(Operand::unpacked(copy, 0, "query"), copy);
 }
 
+// The tensor, or a copy of it whose last dimension is contiguous.
+Tensor with_contiguous_rows(const Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1;
+  return tensor.sizes()[last] <= 1 || tensor.stride(last) == 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
+// Of qkv [B, N, 3, H, D] that has elements.
+Tensor attention_qkvpacked_backward(const Tensor& grad_output, const std::optional<Tensor>& grad_lse, const Tensor& qkv,
+                                    const std::optional<Tensor>& bias, const Tensor& output, const Tensor& lse,
+                                    bool is_causal, double scale) {
+  const Tensor packed = with_contiguous_rows(qkv), grad_rows = with_contiguous_rows(grad_output),
+               rows = with_contiguous_rows(output), row_lse = torch::stable::contiguous(lse);
+  const Operand query = Operand::unpacked(packed, 0, "query");
+  const auto& [batch, heads, tokens, dim] = query.sizes;
+  const int64_t third = heads * dim;
+  const Tensor grad =
+      empty_cpu({batch, tokens, 3, heads, dim}, {tokens * 3 * third, 3 * third, third, dim, 1}, query.dtype);
+  std::optional<Tensor> row_grad_lse;
+  if (grad_lse.has_value()) row_grad_lse = torch::stable::contiguous(*grad_lse);
+  const AttentionBackwardParams p = attention_backward_params(
+      attention_params(query, Operand::unpacked(packed, 1, "key"), Operand::unpacked(packed, 2, "value"),
+                       operand_of(bias, "bias"), Operand(rows, "output").heads_first(), {row_lse, "lse"}, is_causal,
+                       scale),
+      query, Operand(grad_rows, "grad_output").heads_first(), operand_of(row_grad_lse, "grad_lse"),
+      Operand::unpacked(grad, 0, "grad_query"), Operand::unpacked(grad, 1, "grad_key"),
+      Operand::unpacked(grad, 2, "grad_value"));
+  cpu::attention_backward_over(cpu::kernels(), p, torch::stable::get_num_threads(), parallel_for);
+  return grad;
+}
+
 }  // namespace
 
 }  // namespace fastvit
@@ -96,4 +125,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastvit_native, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastvit, CPU, m) {
   m.impl("attention.cpu", TORCH_BOX(&fastvit::attention));
   m.impl("attention_qkvpacked.cpu", TORCH_BOX(&fastvit::attention_qkvpacked));
+  m.impl("attention_qkvpacked_backward.cpu", TORCH_BOX(&fastvit::attention_qkvpacked_backward));
 }

@@ -151,27 +151,34 @@ inline AttentionBackwardParams attention_forward_params(const Tensor& query, con
                           {output, "output"}, {lse, "lse"}, is_causal, scale);
 }
 
+// Adds what a backward call has beside the forward call's params `p`.
+inline AttentionBackwardParams attention_backward_params(AttentionBackwardParams p, const Operand& query,
+                                                         const Operand& grad_output,
+                                                         const std::optional<Operand>& grad_lse,
+                                                         const Operand& grad_query, const Operand& grad_key,
+                                                         const Operand& grad_value) {
+  check_rows(grad_output, query, {p.batch, p.num_heads, p.seqlen_q, p.head_dim_v});
+  check_rows(grad_query, query, {p.batch, p.num_heads, p.seqlen_q, p.head_dim});
+  check_rows(grad_key, query, {p.batch, p.num_heads, p.seqlen_k, p.head_dim});
+  check_rows(grad_value, query, {p.batch, p.num_heads, p.seqlen_k, p.head_dim_v});
+  if (grad_lse.has_value()) {
+    check_lse(*grad_lse, query);
+    p.grad_lse = grad_lse->data;
+  }
+  p.grad_output = grad_output.view();
+  p.grad_query = grad_query.view();
+  p.grad_key = grad_key.view();
+  p.grad_value = grad_value.view();
+  return p;
+}
+
 inline AttentionBackwardParams attention_backward_params(
     const Tensor& grad_output, const std::optional<Tensor>& grad_lse, const Tensor& query, const Tensor& key,
     const Tensor& value, const std::optional<Tensor>& bias, const Tensor& output, const Tensor& lse,
     const Tensor& grad_query, const Tensor& grad_key, const Tensor& grad_value, bool is_causal, double scale) {
-  AttentionBackwardParams p = attention_forward_params(query, key, value, bias, output, lse, is_causal, scale);
-  const Operand q(query, "query"), d_output(grad_output, "grad_output"), d_query(grad_query, "grad_query"),
-      d_key(grad_key, "grad_key"), d_value(grad_value, "grad_value");
-  check_rows(d_output, q, {p.batch, p.num_heads, p.seqlen_q, p.head_dim_v});
-  check_rows(d_query, q, {p.batch, p.num_heads, p.seqlen_q, p.head_dim});
-  check_rows(d_key, q, {p.batch, p.num_heads, p.seqlen_k, p.head_dim});
-  check_rows(d_value, q, {p.batch, p.num_heads, p.seqlen_k, p.head_dim_v});
-  if (grad_lse.has_value()) {
-    const Operand d_lse(*grad_lse, "grad_lse");
-    check_lse(d_lse, q);
-    p.grad_lse = d_lse.data;
-  }
-  p.grad_output = d_output.view();
-  p.grad_query = d_query.view();
-  p.grad_key = d_key.view();
-  p.grad_value = d_value.view();
-  return p;
+  return attention_backward_params(attention_forward_params(query, key, value, bias, output, lse, is_causal, scale),
+                                   {query, "query"}, {grad_output, "grad_output"}, operand_of(grad_lse, "grad_lse"),
+                                   {grad_query, "grad_query"}, {grad_key, "grad_key"}, {grad_value, "grad_value"});
 }
 
 }  // namespace fastvit

@@ -197,6 +197,11 @@ def _attention_qkvpacked_backward(
     scale: float,
     backend: str | None,
 ) -> Tensor:
+    native = grad_output is not None and qkv.is_cpu and runs_natively(backend) and qkv.shape[4] <= MAX_HEAD_DIM
+    if native and qkv.numel() > 0:
+        return _OPS.attention_qkvpacked_backward.cpu.redispatch(
+            _CPU, grad_output, grad_lse, qkv, bias, output, lse, is_causal, scale
+        )
     grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     if grad_output is not None:
         grad_output = grad_output.transpose(1, 2)
