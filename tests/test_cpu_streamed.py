@@ -7,15 +7,14 @@ import torch
 from torch import Tensor
 
 import fastvit
+from tests.capabilities import run_in
 
 # One image stays below 4 MiB, gradients included; all of them are above.
 _BATCH = 14
 
 
-def _qkv(dtype: torch.dtype, dim: int = 64, seqlen: int = 197) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    heads = 12 if dtype is torch.float32 else 20
-    return torch.randn(_BATCH, seqlen, 3, heads, dim, generator=generator).to(dtype)
+def _qkv(dtype: torch.dtype, dim: int = 64) -> Tensor:
+    return torch.randn(_BATCH, 197, 3, 12 if dtype is torch.float32 else 20, dim).to(dtype)
 
 
 def _both(qkv: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,7 +27,7 @@ def _both(qkv: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("dim", [64, 80, 40])  # whole lines in all types; in float32 alone; in none
 def test_large_outputs_have_the_bits_of_small_ones(dtype: torch.dtype, dim: int) -> None:
     qkv = _qkv(dtype, dim)
-    grad = torch.randn(qkv.shape[0], qkv.shape[1], *qkv.shape[3:], dtype=torch.float32).to(dtype)
+    grad = torch.randn_like(qkv[:, :, 0])
     output, grad_qkv = _both(qkv, grad)
     assert output.nbytes > 4 << 20
     for first in range(_BATCH):
@@ -37,6 +36,15 @@ def test_large_outputs_have_the_bits_of_small_ones(dtype: torch.dtype, dim: int)
         assert grad_small.nbytes < 4 << 20
         assert torch.equal(output[part], small)
         assert torch.equal(grad_qkv[part], grad_small)
+
+
+def test_so_do_those_of_avx512() -> None:
+    # Whose attention in float32 streams too, by other functions than that of AMX.
+    run_in(
+        "avx512",
+        "from tests.test_cpu_streamed import test_large_outputs_have_the_bits_of_small_ones as test\n"
+        "for dim in (64, 40): test(torch.float32, dim)\n",
+    )
 
 
 def test_outputs_that_begin_inside_of_a_line() -> None:

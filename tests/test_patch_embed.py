@@ -14,7 +14,7 @@ from torch import Tensor
 import fastvit
 from fastvit.testing import PatchEmbedCase, check_patch_embed, vit_patch_embed_cases
 
-from .test_attention import run_in
+from .capabilities import run_in
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("cpu", "reference")

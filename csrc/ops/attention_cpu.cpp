@@ -58,15 +58,18 @@ Outputs attend(const Operand& query, const Operand& key, const Operand& value, c
   return outputs;
 }
 
+// The tensor, or a copy of it whose last dimension is contiguous.
+Tensor with_contiguous_rows(const Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1;
+  return tensor.sizes()[last] <= 1 || tensor.stride(last) == 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
 Outputs attention(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& bias,
                   bool is_causal, double scale) {
   const Operand operands[] = {{query, "query"}, {key, "key"}, {value, "value"}};
   const auto& [q, k, v] = operands;
   if (!(q.rows_contiguous() && k.rows_contiguous() && v.rows_contiguous())) {
-    using torch::stable::contiguous;
-    const Tensor copies[] = {q.rows_contiguous() ? query : contiguous(query),
-                             k.rows_contiguous() ? key : contiguous(key),
-                             v.rows_contiguous() ? value : contiguous(value)};
+    const Tensor copies[] = {with_contiguous_rows(query), with_contiguous_rows(key), with_contiguous_rows(value)};
     return attend({copies[0], "query"}, {copies[1], "key"}, {copies[2], "value"}, bias, is_causal, scale, false);
   }
   return attend(q, k, v, bias, is_causal, scale, false);
@@ -81,12 +84,6 @@ Outputs attention_qkvpacked(const Tensor& qkv, const std::optional<Tensor>& bias
   if (query.rows_contiguous()) return attend_to(query, qkv);
   const Tensor copy = torch::stable::contiguous(qkv);
   return attend_to(Operand::unpacked(copy, 0, "query"), copy);
-}
-
-// The tensor, or a copy of it whose last dimension is contiguous.
-Tensor with_contiguous_rows(const Tensor& tensor) {
-  const int64_t last = tensor.dim() - 1;
-  return tensor.sizes()[last] <= 1 || tensor.stride(last) == 1 ? tensor : torch::stable::contiguous(tensor);
 }
 
 // Of qkv [B, N, 3, H, D] that has elements.

@@ -84,6 +84,11 @@ def _spec(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, is_cau
     )
 
 
+def _is_native(tensor: Tensor, head_dim: int, backend: str | None) -> bool:
+    """Return whether the op's overload in C++ is the call: the choice of ``select``, for what kernels accept."""
+    return tensor.is_cpu and head_dim <= MAX_HEAD_DIM and runs_natively(backend)
+
+
 def _run_forward(
     query: Tensor,
     key: Tensor,
@@ -148,7 +153,7 @@ def _attention(
     scale: float,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    if query.is_cpu and runs_natively(backend) and max(query.shape[3], value.shape[3]) <= MAX_HEAD_DIM:
+    if _is_native(query, max(query.shape[3], value.shape[3]), backend):
         return _OPS.attention.cpu.redispatch(_CPU, query, key, value, bias, is_causal, scale)
     output, lse = _allocate_outputs(query, value.shape[3])
     _run_forward(query, key, value, bias, output, lse, is_causal, scale, backend)
@@ -159,7 +164,7 @@ def _attention(
 def _attention_qkvpacked(
     qkv: Tensor, bias: Tensor | None, is_causal: bool, scale: float, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    if qkv.is_cpu and runs_natively(backend) and qkv.shape[4] <= MAX_HEAD_DIM:
+    if _is_native(qkv, qkv.shape[4], backend):
         return _OPS.attention_qkvpacked.cpu.redispatch(_CPU, qkv, bias, is_causal, scale)
     output, lse = _allocate_outputs_packed(qkv)
     _run_forward(*_unpack(qkv), bias, output.transpose(1, 2), lse, is_causal, scale, backend)
@@ -197,8 +202,7 @@ def _attention_qkvpacked_backward(
     scale: float,
     backend: str | None,
 ) -> Tensor:
-    native = grad_output is not None and qkv.is_cpu and runs_natively(backend) and qkv.shape[4] <= MAX_HEAD_DIM
-    if native and qkv.numel() > 0:
+    if grad_output is not None and qkv.numel() > 0 and _is_native(qkv, qkv.shape[4], backend):
         return _OPS.attention_qkvpacked_backward.cpu.redispatch(
             _CPU, grad_output, grad_lse, qkv, bias, output, lse, is_causal, scale
         )
