@@ -298,8 +298,8 @@ class AttentionBackward {
     RowSum<T> sums, parts;
     for_each_run(keys, [&](int64_t begin, int64_t end) {
       Vec<T> sum[2] = {}, part[2] = {};
-      for_each_pair(begin, end, [&](int64_t j, auto odd) {
-        const Vec<T> exponential = exp(load(p + j * W) - offset_of_row);
+      const auto centred = [&](int64_t j) { return load(p + j * W) - offset_of_row; };
+      for_each_exponential<T>(begin, end, centred, [&](int64_t j, auto odd, Vec<T> exponential) {
         store(p + j * W, exponential);
         sum[odd.value] += exponential;
         part[odd.value] += exponential * load(ds + j * W);

@@ -180,8 +180,8 @@ class AttentionBackwardTiles : private AttentionBackward<In> {
   void pack_rows_of(const View4& view, int64_t first, int64_t count, int64_t columns, float factor,
                     const SplitMatrix<P>& target) const {
     Range ignored;
-    split_b(head_of<In>(view, batch_, head_) + first * view.row_stride, view.row_stride, columns, count, factor, target,
-            ignored);
+    split_b<true>(head_of<In>(view, batch_, head_) + first * view.row_stride, view.row_stride, columns, count, factor,
+                  target, ignored);
   }
 
   // What a group keeps of one of its blocks.
@@ -221,10 +221,11 @@ class AttentionBackwardTiles : private AttentionBackward<In> {
     const QueryBlock<float>& queries = block.queries;
     float *scores = block.scores, *grad_probabilities = block.grad_probabilities;
     Range ignored;
-    split_b_transposed(head_of<In>(p_.query, batch_, head_) + queries.first * p_.query.row_stride, p_.query.row_stride,
-                       queries.count, p_.head_dim, scale_.queries, query_lanes_, ignored);
-    split_b_transposed(head_of<In>(p_.grad_output, batch_, head_) + queries.first * p_.grad_output.row_stride,
-                       p_.grad_output.row_stride, queries.count, p_.head_dim_v, 1.0f, grad_output_lanes_, ignored);
+    split_b_transposed<true>(head_of<In>(p_.query, batch_, head_) + queries.first * p_.query.row_stride,
+                             p_.query.row_stride, queries.count, p_.head_dim, scale_.queries, query_lanes_, ignored);
+    split_b_transposed<true>(head_of<In>(p_.grad_output, batch_, head_) + queries.first * p_.grad_output.row_stride,
+                             p_.grad_output.row_stride, queries.count, p_.head_dim_v, 1.0f, grad_output_lanes_,
+                             ignored);
     split_product(key_, query_lanes_, keys, queries.count, key_.steps, false, scores, W);
     split_product(value_, grad_output_lanes_, keys, queries.count, value_.steps, false, grad_probabilities, W);
     finish_scores(p_, queries, scale_.scores, 0, keys, scores, bias_rows_, bias_lanes_);
@@ -249,7 +250,10 @@ class AttentionBackwardTiles : private AttentionBackward<In> {
   void compute_gradients(const Block& block, int64_t place, int64_t first, int64_t keys) const {
     const Block here = block;  // in registers: what is stored might be the block, for all that the compiler knows
     for (int64_t j = 0; j < keys; j += kTileDepth) {
-      for (int64_t i = 0; i < kTileSide; ++i) pack_gradients(here, place, first, j + i);
+      for (int64_t i = 0; i < kTileSide; ++i) {
+        if (i % 5 == 4) keep_tiles_awake();
+        pack_gradients(here, place, first, j + i);
+      }
     }
     split_product(key_columns_.from(0, first), grad_scores_lanes_, p_.head_dim, block.queries.count,
                   ceil_div(keys, kTileDepth), first > 0, block.grad_query_lanes, W);

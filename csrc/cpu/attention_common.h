@@ -42,6 +42,9 @@ inline T bias_element(const BiasView& bias, int64_t offset) {
   }
 }
 
+// Whether the bias of neighbouring keys lies as it is added.
+inline bool lies_as_added(const BiasView& bias) { return bias.type == BiasType::kFloat32 && bias.key_stride == 1; }
+
 // One row of the bias, keys [begin, begin + count), as additive values.
 template <class T>
 void load_bias_row(const BiasView& bias, int64_t offset, int64_t count, T* target) {
@@ -191,6 +194,24 @@ constexpr int64_t kSumKeys = 32;
 template <class F>
 inline void for_each_run(int64_t keys, const F& f) {
   for (int64_t begin = 0; begin < keys; begin += kSumKeys) f(begin, min64(begin + kSumKeys, keys));
+}
+
+// Calls f(j, odd, exp(value(j))) for each j in [begin, end), `odd` as in for_each_pair.
+template <class T, class Value, class F>
+inline void for_each_exponential(int64_t begin, int64_t end, const Value& value, const F& f) {
+  constexpr int N = kVectorBytes == 64 ? 4 : 2;  // as the registers allow
+  for (; begin + N <= end; begin += N) {
+    Vec<T> x[N];
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) x[i] = value(begin + i);
+    exp(x);
+#pragma GCC unroll 2
+    for (int i = 0; i < N; i += 2) {
+      f(begin + i, Constant<0>{}, x[i]);
+      f(begin + i + 1, Constant<1>{}, x[i + 1]);
+    }
+  }
+  for_each_pair(begin, end, [&](int64_t j, auto odd) { f(j, odd, exp(value(j))); });
 }
 
 // The sum of a row over its runs, in four parts: so many additions of a quarter of the size. In one, 32 roundings at

@@ -188,8 +188,8 @@ class AttentionForward {
     RowSum<T> sums;
     for_each_run(ceil_div(keys, L), [&](int64_t begin, int64_t end) {
       Vec<T> sum[2] = {};
-      for_each_pair(begin, end, [&](int64_t j, auto odd) {
-        const Vec<T> exponential = exp(load(score_row_ + j * L) - offset);
+      const auto centred = [&](int64_t j) { return load(score_row_ + j * L) - offset; };
+      for_each_exponential<T>(begin, end, centred, [&](int64_t j, auto odd, Vec<T> exponential) {
         store(score_row_ + j * L, exponential);
         sum[odd.value] += exponential;
       });
@@ -218,8 +218,8 @@ class AttentionForward {
     maximum_[v] = high;
     for_each_run(keys, [&](int64_t begin, int64_t end) {
       Vec<T> sum[2] = {};
-      for_each_pair(begin, end, [&](int64_t j, auto odd) {
-        const Vec<T> exponential = exp(load(scores + j * W) - offset);
+      const auto centred = [&](int64_t j) { return load(scores + j * W) - offset; };
+      for_each_exponential<T>(begin, end, centred, [&](int64_t j, auto odd, Vec<T> exponential) {
         store(scores + j * W, exponential);
         sum[odd.value] += exponential;
       });

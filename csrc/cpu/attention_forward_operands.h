@@ -30,8 +30,8 @@ class ForwardOperands {
     probabilities_ = SplitMatrix<kComputed>::take(arena, 2 * kTileSide, kChunk);
   }
 
-  // A bias is added to the scores as they lie; attention_forward.h transposes it.
-  static bool pays(const AttentionParams& p) { return split_pays<In>(p, p.bias.type == BiasType::kNone ? 1 : 1.5); }
+  // attention_forward.h adds a bias in registers, which takes less than here.
+  static bool pays(const AttentionParams& p) { return split_pays<In>(p, p.bias.type == BiasType::kNone ? 1 : 1.6); }
 
   // What queries are multiplied with when they are packed, and what is left for the products of Q and K.
   float query_scale() const { return scale_.queries; }
@@ -49,17 +49,22 @@ class ForwardOperands {
   }
   bool pack_queries(const In* query, int64_t count) {
     Range queries;
-    split_a(query, p_.query.row_stride, count, p_.head_dim, scale_.queries, query_, queries);
+    split_a<true>(query, p_.query.row_stride, count, p_.head_dim, scale_.queries, query_, queries);
     return queries.fits();
   }
 
   // kBase^x is what `exponential` computes.
   static constexpr float kLogOfBase = 1;
-  static Vec<float> exponential(Vec<float> x) { return exp(x); }
+  template <int N>
+  [[gnu::always_inline]] static void exponentials(Vec<float> (&x)[N]) {
+    exp(x);
+  }
 
-  // Exponentials of row i and of the 32 keys from `key` of a chunk on.
-  void store_exponentials(int64_t i, int64_t key, Vec<float> low, Vec<float> high) const {
-    split_pair<kComputed, false>((__m512)low, (__m512)high, probabilities_.tile(i, key) + i % kTileSide * kTileDepth);
+  // Where the exponentials of row i begin in a chunk, and how far each 32 keys lie from the next ones.
+  BFloat16* exponentials_of(int64_t i) const { return probabilities_.tile(i, 0) + i % kTileSide * kTileDepth; }
+  static constexpr int64_t kStep = SplitMatrix<kComputed>::kStep;
+  [[gnu::always_inline]] static void store_exponentials(Vec<float> low, Vec<float> high, BFloat16* target) {
+    split_pair<kComputed, false>((__m512)low, (__m512)high, target);
   }
 
   void multiply_keys(int64_t count, int64_t key, int64_t keys, float* scores, int64_t panel) const {
@@ -118,6 +123,7 @@ class ForwardOperands<BFloat16> {
   }
   bool pack_queries(const BFloat16* query, int64_t count) {
     fetch_rows(query, p_.query.row_stride, count, p_.head_dim);
+    keep_tiles_awake();
     for (int64_t i = 0; i < count; ++i) {
       copy_padded(query + i * p_.query.row_stride, p_.head_dim, query_ + i * tile_stride(depth_));
     }
@@ -128,24 +134,24 @@ class ForwardOperands<BFloat16> {
   // relative error on [-1/2, 1/2] (Remez's exchange), its constant then set to 1 so that 2^0 = 1: within 2.2e-7, two
   // roundings of float, and far below one of bfloat16.
   static constexpr float kLogOfBase = 1.44269504088896341f;
-  static Vec<float> exponential(Vec<float> x) {
-    using I = Simd<float>::Int;
-    const Vec<float> magic = splat(12582912.0f);  // 1.5·2^23: adding it leaves the nearest integer in the low bits
-    const Vec<float> shifted = x + magic;
-    const Vec<float> r = x - (shifted - magic);
-    Vec<float> p = splat(0.00132764719f);
-    p = p * r + 0.00967554104f;
-    p = p * r + 0.0555071328f;
-    p = p * r + 0.240221197f;
-    p = p * r + 0.693146971f;
-    p = p * r + 1.0f;
-    // As in exp: 0 or the NaN that x is.
-    return x >= -126.0f ? (Vec<float>)((I)p + ((I)shifted << 23)) : maximum(Vec<float>{}, x);
+  template <int N>
+  [[gnu::always_inline]] static void exponentials(Vec<float> (&x)[N]) {
+    constexpr float kCoefficients[] = {0.00132764719f, 0.00967554104f, 0.0555071328f, 0.240221197f, 0.693146971f, 1.0f};
+    Vec<float> shifted[N], r[N], p[N];
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {
+      shifted[i] = x[i] + kMagic;
+      r[i] = x[i] - (shifted[i] - kMagic);
+    }
+    polynomials(kCoefficients, r, p);
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) x[i] = times_power(p[i], shifted[i], x[i], -126.0f);
   }
 
-  void store_exponentials(int64_t i, int64_t key, Vec<float> low, Vec<float> high) const {
-    _mm512_storeu_si512(probabilities_ + i * tile_stride(keys_per_block_) + key,
-                        (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+  BFloat16* exponentials_of(int64_t i) const { return probabilities_ + i * tile_stride(keys_per_block_); }
+  static constexpr int64_t kStep = kTilePanel;
+  [[gnu::always_inline]] static void store_exponentials(Vec<float> low, Vec<float> high, BFloat16* target) {
+    _mm512_storeu_si512(target, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
   }
 
   void multiply_keys(int64_t count, int64_t key, int64_t keys, float* scores, int64_t panel) const {

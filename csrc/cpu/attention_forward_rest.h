@@ -19,6 +19,7 @@ inline void dot_rows(const float* few, int64_t few_rows, const In* many, int64_t
   for (int64_t row = 0; row < rows; row += L) {
     const In* at[L];
     for (int r = 0; r < L; ++r) at[r] = many + min64(row + r, rows - 1) * stride;
+    keep_tiles_awake();
     for (int64_t i = 0; i < few_rows; ++i) {
       const float* left = few + i * padded;
       Vec<float> sums[L] = {};
@@ -113,7 +114,7 @@ class RestOfKeys {
           store(scores, load(scores) + load(lanes[k]));
         }
       };
-      if (bias.type == BiasType::kFloat32 && bias.key_stride == 1) {
+      if (lies_as_added(bias)) {
         const float* source = static_cast<const float*>(bias.data) + begin;
         add([&](int64_t r) { return source + r * bias.query_stride; });
       } else {

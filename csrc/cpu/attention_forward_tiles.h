@@ -111,14 +111,13 @@ class AttentionForwardTiles {
       for (int64_t chunk = 0; chunk < padded; chunk += Operands::kChunk) {
         const int64_t chunk_keys = min64(Operands::kChunk, padded - chunk);
         // Rows in a loop of their own: one's exponentials need not wait for the next one's maximum.
-        for (int64_t i = 0; i < count; ++i) {
-          // In short chunks: a third of one takes 0.2 µs. The vectors between longer ones would take too many.
-          if (Operands::kChunk <= 64 && (i == 10 || i == 21)) keep_tiles_awake();
-          factor_ == 1 ? exponentials<false>(i, chunk, chunk_keys) : exponentials<true>(i, chunk, chunk_keys);
-          if (Operands::kChunk <= 64 && block.first + kQueries + i < p_.seqlen_q) {
-            fetch_bias(block, kQueries + i, key + chunk, chunk_keys);
-          }
-        }
+        const auto between_rows = [&](int64_t i) {
+          if (Operands::kChunk > 64) return;           // the vectors between longer ones would take too many
+          if (i == 10 || i == 21) keep_tiles_awake();  // a third of a short chunk takes 0.2 µs
+          if (block.first + kQueries + i < p_.seqlen_q) fetch_bias(block, kQueries + i, key + chunk, chunk_keys);
+        };
+        factor_ == 1 ? exponentials<false>(count, chunk, chunk_keys, between_rows)
+                     : exponentials<true>(count, chunk, chunk_keys, between_rows);
         operands_.multiply_values(count, key + chunk, chunk_keys, key + chunk > 0, output_, kPanelSize);
       }
     }
@@ -128,16 +127,14 @@ class AttentionForwardTiles {
   // Asks for the bias of row i and keys [key, key + keys) where it is read in place, into the second-level cache: the
   // next block's, a little at a time, since all of it together waits for memory.
   [[gnu::always_inline]] void fetch_bias(const QueryBlock<float>& block, int64_t i, int64_t key, int64_t keys) const {
-    if (!bias_in_place()) return;
+    if (!lies_as_added(p_.bias)) return;
     const float* source = static_cast<const float*>(p_.bias.data) + bias_offset(p_.bias, block, key);
     for (int64_t j = 0; j < keys; j += kTileSide) _mm_prefetch(source + i * p_.bias.query_stride + j, _MM_HINT_T1);
   }
 
-  bool bias_in_place() const { return p_.bias.type == BiasType::kFloat32 && p_.bias.key_stride == 1; }
-
   // The bias of the first `seen` keys of a row: in place where it is stored as it is added, and where there is none, 0.
   const float* bias_row(int64_t offset, int64_t seen) const {
-    if (bias_in_place()) {
+    if (lies_as_added(p_.bias)) {
       return static_cast<const float*>(p_.bias.data) + offset;
     }
     if (p_.bias.type == BiasType::kNone) {
@@ -177,7 +174,7 @@ class AttentionForwardTiles {
     // Without a key so far any finite offset will do; NaN scores must still reach the exponential.
     offset_[i] = high == -kInfinity ? 0 : high;
     if (later) {
-      const Vec<float> factor = Operands::exponential(splat((maximum_[i] - offset_[i]) * factor_));
+      const Vec<float> factor = exponential(splat((maximum_[i] - offset_[i]) * factor_));
       sum_[i] *= factor;
       for (int64_t d = 0; d < padded_dim_v_; d += kTileSide) {
         store(row(output_, i, d), load(row(output_, i, d)) * factor);
@@ -186,24 +183,46 @@ class AttentionForwardTiles {
     maximum_[i] = high;
   }
 
-  // Makes the exponentials of row i and keys [chunk, chunk + keys) an operand, not yet divided by their sum. The
-  // maximum is subtracted before the factor: its own exponential must be exactly 1, or the LSE of a row with one key is
-  // not its score.
-  template <bool Scaled>
-  void exponentials(int64_t i, int64_t chunk, int64_t keys) {
-    const auto exponential = [&](const float* score) {
-      const Vec<float> centred = load(score) - offset_[i];
-      return Operands::exponential(Scaled ? centred * factor_ : centred);
-    };
-    Vec<float> sums[2] = {};
-    for (int64_t j = 0; j < keys; j += kTilePanel) {
-      const float* scores = row(scores_, i, chunk + j);
-      const Vec<float> low = exponential(scores), high = exponential(scores + kTileSide);
-      sums[0] += low;
-      sums[1] += high;
-      operands_.store_exponentials(i, j, low, high);
+  // Makes the exponentials of keys [chunk, chunk + keys) an operand, not yet divided by their row's sum. The maximum is
+  // subtracted before the factor: its own exponential must be exactly 1, or the LSE of a row with one key is not its
+  // score.
+  template <bool Scaled, class F>
+  void exponentials(int64_t count, int64_t chunk, int64_t keys, const F& between_rows) {
+    const float factor = factor_;
+    for (int64_t i = 0; i < count; ++i) {
+      const float offset = offset_[i], *scores = row(scores_, i, chunk);
+      BFloat16* target = operands_.exponentials_of(i);
+      Vec<float> sums[2] = {};
+      const auto take = [&](auto panels) {
+        constexpr int N = 2 * panels.value;
+        Vec<float> x[N];
+#pragma GCC unroll 4
+        for (int k = 0; k < N; ++k) {
+          x[k] = load(scores + k / 2 * kPanelSize + k % 2 * kTileSide) - offset;
+          if (Scaled) x[k] *= factor;
+        }
+        Operands::exponentials(x);
+#pragma GCC unroll 4
+        for (int k = 0; k < N; k += 2) {
+          sums[0] += x[k];
+          sums[1] += x[k + 1];
+          Operands::store_exponentials(x[k], x[k + 1], target + k / 2 * Operands::kStep);
+        }
+        scores += N / 2 * kPanelSize;
+        target += N / 2 * Operands::kStep;
+      };
+      int64_t left = keys / kTilePanel;
+      for (; left >= 2; left -= 2) take(Constant<2>{});
+      if (left > 0) take(Constant<1>{});
+      sum_[i] += sums[0] + sums[1];
+      between_rows(i);
     }
-    sum_[i] += sums[0] + sums[1];
+  }
+
+  static Vec<float> exponential(Vec<float> x) {
+    Vec<float> one[] = {x};
+    Operands::exponentials(one);
+    return one[0];
   }
 
   In* output_of(const QueryBlock<float>& block) const {
@@ -216,10 +235,8 @@ class AttentionForwardTiles {
     In* output = output_of(block);
     alignas(64) float sums[kQueries] = {}, inverses[kQueries];
     for (int64_t i = 0; i < count; ++i) sums[i] = _mm512_reduce_add_ps((__m512)sum_[i]);
-    const auto exponential = [&](Vec<float> scores, int64_t i) {
-      return Operands::exponential((scores - load(offset_ + i)) * factor_);
-    };
-    rest_.add_exponentials(count, exponential, sums);
+    rest_.add_exponentials(
+        count, [&](Vec<float> scores, int64_t i) { return exponential((scores - load(offset_ + i)) * factor_); }, sums);
     for (int64_t i = 0; i < kQueries; i += kTileSide) {
       // A sum of exactly 0 is a row without keys: its output is 0. A NaN sum compares false and stays NaN.
       const Vec<float> sum = load(sums + i), maximum = load(maximum_ + i);
@@ -228,6 +245,7 @@ class AttentionForwardTiles {
       store_first(offset + log_of_sum(sum), count - i, lse + i);
     }
     for (int64_t i = 0; i < count; ++i) {
+      if (i % 11 == 0) keep_tiles_awake();
       for (int64_t d = 0; d < p_.head_dim_v; d += kTilePanel) {
         Vec<float> low = load(row(output_, i, d)), high = load(row(output_, i, d + kTileSide));
         rest_.add_values(i, d, low, high);

@@ -190,17 +190,19 @@ inline void call_tile(int64_t rows, int64_t vectors, const TileArgs<T>& args) {
   }
 }
 
+// A number that the compiler knows, as an argument.
+template <int N>
+struct Constant {
+  static constexpr int value = N;
+};
+
 // Calls f(j, odd) for each j in [begin, end). What the even and what the odd ones add up stays in a register each,
 // which it does only because the compiler knows `odd`.
-template <int Odd>
-struct Parity {
-  static constexpr int value = Odd;
-};
 template <class F>
 inline void for_each_pair(int64_t begin, int64_t end, const F& f) {
   for (int64_t j = begin; j < end; j += 2) {
-    f(j, Parity<0>{});
-    if (j + 1 < end) f(j + 1, Parity<1>{});
+    f(j, Constant<0>{});
+    if (j + 1 < end) f(j + 1, Constant<1>{});
   }
 }
 

@@ -71,35 +71,74 @@ inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 constexpr float kInfinity = __builtin_inff();
 
+// p[i] = p[i] · r[i] + coefficient, for coefficient after coefficient: the vectors take turns, since each waits for its
+// own last step, and the processor sees no further ahead than a few of these chains.
+template <int N, int Terms>
+[[gnu::always_inline]] inline void polynomials(const float (&coefficients)[Terms], const Vec<float> (&r)[N],
+                                               Vec<float> (&p)[N]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) p[i] = splat(coefficients[0]);
+#pragma GCC unroll 8
+  for (int term = 1; term < Terms; ++term) {
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) p[i] = p[i] * r[i] + coefficients[term];
+  }
+}
+
+constexpr float kMagic = 12582912.0f;  // 1.5·2^23: adding it leaves the nearest integer in the low bits
+
+// p · 2^n, where `shifted` is n + kMagic, for x from `least` up; else 0, or the NaN that x is.
+[[gnu::always_inline]] inline Vec<float> times_power(Vec<float> p, Vec<float> shifted, Vec<float> x, float least) {
+#if defined(__AVX512F__)
+  const __mmask16 lanes = _mm512_cmp_ps_mask((__m512)x, (__m512)splat(least), _CMP_NLT_UQ);
+  return (Vec<float>)_mm512_maskz_scalef_ps(lanes, (__m512)p, (__m512)(shifted - kMagic));
+#else
+  // The sum of bits makes a number of many a NaN.
+  const auto bits = (Simd<float>::Int)p + ((Simd<float>::Int)shifted << 23);
+  return x >= least ? (Vec<float>)bits : maximum(Vec<float>{}, x);
+#endif
+}
+
 // exp(x) for x <= 88; exactly 0 below -87.33 (so for -inf), NaN for NaN. Cody-Waite reduction to |r| <= ln2/2, and
 // there the polynomial of degree 6 with the least relative error (Remez, 1 + r given): 3.1e-9, a twentieth of an ulp.
-inline Vec<float> exp(Vec<float> x) {
-  using I = Simd<float>::Int;
-  const Vec<float> magic = splat(12582912.0f);  // 1.5·2^23: adding it leaves the nearest integer in the low bits
-  const Vec<float> shifted = x * 1.44269504088896341f + magic;
-  const Vec<float> n = shifted - magic;
+template <int N>
+[[gnu::always_inline]] inline void exp(Vec<float> (&x)[N]) {
+  constexpr float kCoefficients[] = {1.381461275741458e-3f,
+                                     8.368710055947304e-3f,
+                                     4.166838899254799e-2f,
+                                     1.666652113199234e-1f,
+                                     4.999999403953552e-1f,
+                                     1.0f,
+                                     1.0f};
+  Vec<float> shifted[N], r[N], p[N];
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) shifted[i] = x[i] * 1.44269504088896341f + kMagic;
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) {
+    const Vec<float> n = shifted[i] - kMagic;
 #if defined(__FMA__)
-  // Not rounded before the subtraction; that ln2 is counts for less than an ulp until the result is 1e-14.
-  const Vec<float> r = x - n * 0.693147180559945309f;
+    // Not rounded before the subtraction; that ln2 is counts for less than an ulp until the result is 1e-14.
+    r[i] = x[i] - n * 0.693147180559945309f;
 #else
-  const Vec<float> r = (x - n * 0.693145751953125f) - n * 1.42860682030941723e-6f;
+    r[i] = (x[i] - n * 0.693145751953125f) - n * 1.42860682030941723e-6f;
 #endif
-  Vec<float> p = splat(1.381461275741458e-3f);
-  p = p * r + 8.368710055947304e-3f;
-  p = p * r + 4.166838899254799e-2f;
-  p = p * r + 1.666652113199234e-1f;
-  p = p * r + 4.999999403953552e-1f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  const I bits = (I)p + ((I)shifted << 23);
-  // The sum of bits makes a number of many a NaN; what is not from -87.33 up is 0 or that NaN.
-  return x >= -87.33f ? (Vec<float>)bits : maximum(Vec<float>{}, x);
+  }
+  polynomials(kCoefficients, r, p);
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) x[i] = times_power(p[i], shifted[i], x[i], -87.33f);
 }
 // Speed does not matter in double precision; the library's exp does.
-inline Vec<double> exp(Vec<double> x) {
-  Vec<double> result;
-  for (int lane = 0; lane < kLanes<double>; ++lane) result[lane] = ::exp(x[lane]);
-  return result;
+template <int N>
+inline void exp(Vec<double> (&x)[N]) {
+  for (Vec<double>& vector : x) {
+    for (int lane = 0; lane < kLanes<double>; ++lane) vector[lane] = ::exp(vector[lane]);
+  }
+}
+template <class V>
+inline V exp(V x) {
+  V one[] = {x};
+  exp(one);
+  return one[0];
 }
 
 // log(x) for a sum of exponentials of which the largest is 1: x is 0 (then -inf), NaN, or from 1 up. With x = 2^n (1 +

@@ -34,9 +34,9 @@ constexpr int kComputedParts = kParts<In> == 3 ? 3 : 2;
 // Whether attention is faster in parts than with FMAs: few keys are packed for too few products, and padded to whole
 // tiles. Measured at 16 to 128 keys and head dims 32 and 64 (benchmarks/NOTES.md).
 template <class In>
-bool split_pays(const AttentionParams& p, double favour = 1) {
+bool split_pays(const AttentionParams& p, double work = 1) {
   constexpr int64_t kLeast = kParts<In> == 3 ? 64 * 64 : kParts<In> == 2 ? 64 * 32 : 40 * 32;
-  return p.seqlen_q >= kTileDepth && double(p.seqlen_k * min64(p.head_dim, 64)) * favour >= kLeast;
+  return p.seqlen_q >= kTileDepth && double(p.seqlen_k * min64(p.head_dim, 64)) >= kLeast * work;
 }
 
 // The largest magnitude of what was packed, asked once per operand.
@@ -106,12 +106,13 @@ struct SplitMatrix {
   BFloat16* tile(int64_t lane, int64_t k) const { return data + (lane / kTileSide * steps + k / kTileDepth) * kStep; }
 };
 
-// Packs an operand A [lanes][k], times `factor`.
-template <int Parts, class In>
+// Packs an operand A [lanes][k], times `factor`; in between it keeps tiles awake if Awake.
+template <bool Awake = false, int Parts, class In>
 inline void split_a(const In* source, int64_t stride, int64_t lanes, int64_t k, float factor,
                     const SplitMatrix<Parts>& target, Range& range) {
   for (int64_t lane = 0; lane < round_up(lanes, kTileSide); ++lane) {
     fetch_next(lane, source, stride, lanes, k);
+    if (Awake && lane % 11 == 0) keep_tiles_awake();
     for (int64_t first = 0; first < k; first += kTileDepth) {
       const In* corner = source + lane * stride + first;
       const int64_t count = lane < lanes ? k - first : 0;
@@ -123,13 +124,14 @@ inline void split_a(const In* source, int64_t stride, int64_t lanes, int64_t k, 
   }
 }
 
-// Packs an operand B [k][lanes], times `factor`.
-template <int Parts, class In>
+// Packs an operand B [k][lanes], times `factor`; Awake as above.
+template <bool Awake = false, int Parts, class In>
 inline void split_b(const In* source, int64_t stride, int64_t lanes, int64_t k, float factor,
                     const SplitMatrix<Parts>& target, Range& range) {
   for (int64_t first = 0; first < k; first += kTileDepth) {
     fetch_next(first, source, stride, k, lanes);
     for (int64_t i = 0; i < kTileSide; ++i) {
+      if (Awake && i % 5 == 0) keep_tiles_awake();
       const In* row = source + (first + i) * stride;
       for (int64_t lane = 0; lane < lanes; lane += kTileSide) {
         const Vec<float> low = load_first(row + lane, first + i < k ? lanes - lane : 0) * factor;
@@ -217,14 +219,15 @@ inline void split_squares(const float* low, const float* high, BFloat16* target,
   }
 }
 
-// Packs an operand B from its transpose [lanes][k], times `factor`.
-template <int Parts, class In>
+// Packs an operand B from its transpose [lanes][k], times `factor`; Awake as above.
+template <bool Awake = false, int Parts, class In>
 inline void split_b_transposed(const In* source, int64_t stride, int64_t lanes, int64_t k, float factor,
                                const SplitMatrix<Parts>& target, Range& range) {
   alignas(64) float low[256], high[256];
   for (int64_t lane = 0; lane < lanes; lane += kTileSide) {
     fetch_next(lane, source, stride, lanes, k);
     for (int64_t first = 0; first < k; first += kTileDepth) {
+      if (Awake) keep_tiles_awake();
       const In* corner = source + lane * stride + first;
       load_square_transposed(corner, stride, lanes - lane, k - first, factor, low);
       load_square_transposed(corner + kTileSide, stride, lanes - lane, k - first - kTileSide, factor, high);
