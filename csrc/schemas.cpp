@@ -40,6 +40,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastvit, m) {
       "attention_qkvpacked.cpu(Tensor qkv, Tensor? bias, bool is_causal, float scale)"
       " -> (Tensor output, Tensor lse)");
   m.def(
+      "attention_backward.cpu(Tensor grad_output, Tensor? grad_lse, Tensor query, Tensor key, Tensor value,"
+      " Tensor? bias, Tensor output, Tensor lse, bool is_causal, float scale)"
+      " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
+  m.def(
       "attention_qkvpacked_backward.cpu(Tensor grad_output, Tensor? grad_lse, Tensor qkv, Tensor? bias, Tensor output,"
       " Tensor lse, bool is_causal, float scale) -> Tensor grad_qkv");
   m.def("patch_embed.cpu(Tensor images, Tensor weight, Tensor? bias) -> Tensor");

@@ -176,6 +176,32 @@ def test_opcheck(backend: str) -> None:
         torch.library.opcheck(op.default, arguments)
 
 
+_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda tensor: tensor,
+    "packed": lambda tensor: torch.stack([tensor.transpose(1, 2)] * 3, 2).unbind(2)[1].transpose(1, 2),
+    "tokens first": lambda tensor: tensor.transpose(1, 2).contiguous().transpose(1, 2),
+    "columns first": lambda tensor: tensor.mT.contiguous().mT,
+    "expanded": lambda tensor: tensor[:1, :1].expand_as(tensor),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", _LAYOUTS)
+def test_gradients_lie_as_compiled_graphs_expect(backend: str, layout: str) -> None:
+    inputs = [_LAYOUTS[layout](tensor) for tensor in qkv(dtype=torch.float64)]
+    op = torch.ops.fastvit.attention_backward.default
+    output, lse = torch.ops.fastvit.attention(*inputs, None, False, 0.3, backend)
+    grad = torch.randn_like(output)
+    arguments = (grad, torch.randn_like(lse), *inputs, None, output, lse, False, 0.3, backend)
+    grads = op(*arguments)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = op(*[mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments])
+    assert [grad.stride() for grad in grads] == [fake.stride() for fake in fakes]
+    others = op(*arguments[:2], *[tensor.contiguous() for tensor in inputs], *arguments[5:-1], "reference")
+    for got, expected in zip(grads, others, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_without_graph_breaks(dynamic: bool) -> None:
     def layer(packed: Tensor, bias: Tensor) -> Tensor:

@@ -86,27 +86,70 @@ Outputs attention_qkvpacked(const Tensor& qkv, const std::optional<Tensor>& bias
   return attend_to(Operand::unpacked(copy, 0, "query"), copy);
 }
 
-// Of qkv [B, N, 3, H, D] that has elements.
+// What both forms of backward read and write: rows contiguous, heads before tokens, at least one query and one key.
+struct BackwardOperands {
+  Operand query, key, value, output, grad_output, grad_query, grad_key, grad_value;
+};
+
+void differentiate(const BackwardOperands& operands, const std::optional<Tensor>& grad_lse,
+                   const std::optional<Tensor>& bias, const Tensor& lse, bool is_causal, double scale) {
+  const auto& [query, key, value, output, grad_output, grad_query, grad_key, grad_value] = operands;
+  const Tensor row_lse = torch::stable::contiguous(lse);
+  std::optional<Tensor> row_grad_lse;
+  if (grad_lse.has_value()) row_grad_lse = torch::stable::contiguous(*grad_lse);
+  const AttentionBackwardParams p = attention_backward_params(
+      attention_params(query, key, value, operand_of(bias, "bias"), output, {row_lse, "lse"}, is_causal, scale), query,
+      grad_output, operand_of(row_grad_lse, "grad_lse"), grad_query, grad_key, grad_value);
+  cpu::attention_backward_over(cpu::kernels(), p, torch::stable::get_num_threads(), parallel_for);
+}
+
+// In the tensor's own layout, unless kernels would not take that: of a transposed or an overlapping tensor.
+Tensor empty_grad(const Tensor& tensor) {
+  const Tensor grad = torch::stable::empty_like(tensor);
+  const Operand read(grad, "gradient");
+  if (read.rows_contiguous()) return grad;
+  const auto& [batch, heads, rows, columns] = read.sizes;
+  const int64_t head = rows * columns;
+  return empty_cpu({batch, heads, rows, columns}, {heads * head, head, columns, 1}, read.dtype);
+}
+
+using Grads = std::tuple<Tensor, Tensor, Tensor>;
+
+Grads attention_grads(const Tensor& grad_output, const std::optional<Tensor>& grad_lse, const Tensor& query,
+                      const Tensor& key, const Tensor& value, const std::optional<Tensor>& bias, const Tensor& output,
+                      const Tensor& lse, bool is_causal, double scale) {
+  const Tensor q = with_contiguous_rows(query), k = with_contiguous_rows(key), v = with_contiguous_rows(value),
+               rows = with_contiguous_rows(output), grad_rows = with_contiguous_rows(grad_output);
+  Grads grads{empty_grad(query), empty_grad(key), empty_grad(value)};
+  const auto& [grad_query, grad_key, grad_value] = grads;
+  differentiate({{q, "query"},
+                 {k, "key"},
+                 {v, "value"},
+                 {rows, "output"},
+                 {grad_rows, "grad_output"},
+                 {grad_query, "grad_query"},
+                 {grad_key, "grad_key"},
+                 {grad_value, "grad_value"}},
+                grad_lse, bias, lse, is_causal, scale);
+  return grads;
+}
+
+// Of qkv [B, N, 3, H, D].
 Tensor attention_qkvpacked_backward(const Tensor& grad_output, const std::optional<Tensor>& grad_lse, const Tensor& qkv,
                                     const std::optional<Tensor>& bias, const Tensor& output, const Tensor& lse,
                                     bool is_causal, double scale) {
-  const Tensor packed = with_contiguous_rows(qkv), grad_rows = with_contiguous_rows(grad_output),
-               rows = with_contiguous_rows(output), row_lse = torch::stable::contiguous(lse);
+  const Tensor packed = with_contiguous_rows(qkv), rows = with_contiguous_rows(output),
+               grad_rows = with_contiguous_rows(grad_output);
   const Operand query = Operand::unpacked(packed, 0, "query");
   const auto& [batch, heads, tokens, dim] = query.sizes;
   const int64_t third = heads * dim;
   const Tensor grad =
       empty_cpu({batch, tokens, 3, heads, dim}, {tokens * 3 * third, 3 * third, third, dim, 1}, query.dtype);
-  std::optional<Tensor> row_grad_lse;
-  if (grad_lse.has_value()) row_grad_lse = torch::stable::contiguous(*grad_lse);
-  const AttentionBackwardParams p = attention_backward_params(
-      attention_params(query, Operand::unpacked(packed, 1, "key"), Operand::unpacked(packed, 2, "value"),
-                       operand_of(bias, "bias"), Operand(rows, "output").heads_first(), {row_lse, "lse"}, is_causal,
-                       scale),
-      query, Operand(grad_rows, "grad_output").heads_first(), operand_of(row_grad_lse, "grad_lse"),
-      Operand::unpacked(grad, 0, "grad_query"), Operand::unpacked(grad, 1, "grad_key"),
-      Operand::unpacked(grad, 2, "grad_value"));
-  cpu::attention_backward_over(cpu::kernels(), p, torch::stable::get_num_threads(), parallel_for);
+  differentiate({query, Operand::unpacked(packed, 1, "key"), Operand::unpacked(packed, 2, "value"),
+                 Operand(rows, "output").heads_first(), Operand(grad_rows, "grad_output").heads_first(),
+                 Operand::unpacked(grad, 0, "grad_query"), Operand::unpacked(grad, 1, "grad_key"),
+                 Operand::unpacked(grad, 2, "grad_value")},
+                grad_lse, bias, lse, is_causal, scale);
   return grad;
 }
 
@@ -122,5 +165,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastvit_native, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastvit, CPU, m) {
   m.impl("attention.cpu", TORCH_BOX(&fastvit::attention));
   m.impl("attention_qkvpacked.cpu", TORCH_BOX(&fastvit::attention_qkvpacked));
+  m.impl("attention_backward.cpu", TORCH_BOX(&fastvit::attention_grads));
   m.impl("attention_qkvpacked_backward.cpu", TORCH_BOX(&fastvit::attention_qkvpacked_backward));
 }

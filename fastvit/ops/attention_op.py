@@ -185,6 +185,11 @@ def _attention_backward(
     scale: float,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    has_work = grad_output is not None and lse.numel() > 0 and key.shape[2] > 0
+    if has_work and _is_native(query, max(query.shape[3], value.shape[3]), backend):
+        return _OPS.attention_backward.cpu.redispatch(
+            _CPU, grad_output, grad_lse, query, key, value, bias, output, lse, is_causal, scale
+        )
     grads = _allocate_grads(query, key, value)
     _run_backward(grad_output, grad_lse, query, key, value, bias, output, lse, grads, is_causal, scale, backend)
     return grads
