@@ -58,10 +58,14 @@ Outputs attend(const Operand& query, const Operand& key, const Operand& value, c
   return outputs;
 }
 
+bool has_contiguous_rows(const Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1;
+  return tensor.sizes()[last] <= 1 || tensor.stride(last) == 1;
+}
+
 // The tensor, or a copy of it whose last dimension is contiguous.
 Tensor with_contiguous_rows(const Tensor& tensor) {
-  const int64_t last = tensor.dim() - 1;
-  return tensor.sizes()[last] <= 1 || tensor.stride(last) == 1 ? tensor : torch::stable::contiguous(tensor);
+  return has_contiguous_rows(tensor) ? tensor : torch::stable::contiguous(tensor);
 }
 
 Outputs attention(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& bias,
@@ -106,11 +110,10 @@ void differentiate(const BackwardOperands& operands, const std::optional<Tensor>
 // In the tensor's own layout, unless kernels would not take that: of a transposed or an overlapping tensor.
 Tensor empty_grad(const Tensor& tensor) {
   const Tensor grad = torch::stable::empty_like(tensor);
-  const Operand read(grad, "gradient");
-  if (read.rows_contiguous()) return grad;
-  const auto& [batch, heads, rows, columns] = read.sizes;
-  const int64_t head = rows * columns;
-  return empty_cpu({batch, heads, rows, columns}, {heads * head, head, columns, 1}, read.dtype);
+  if (has_contiguous_rows(grad)) return grad;
+  const auto sizes = tensor.sizes();
+  const int64_t heads = sizes[1], rows = sizes[2], columns = sizes[3], head = rows * columns;
+  return empty_cpu({sizes[0], heads, rows, columns}, {heads * head, head, columns, 1}, tensor.scalar_type());
 }
 
 using Grads = std::tuple<Tensor, Tensor, Tensor>;
